@@ -1,0 +1,392 @@
+"""Configuration: frozen dataclasses, TOML recipes and ``section.key=value`` overrides. Imports no torch.
+
+A recipe is a TOML file that names every field of every section; what the command line adds is checked against the same
+dataclasses. The options of the objective belong to the objective's own file (its ``Options`` dataclass); here they
+travel as a plain mapping and are checked by :func:`build` when the objective is looked up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import tomllib
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import FastrexError
+
+RECIPES = Path(__file__).parent / "recipes"
+OBJECTIVE = "objective"
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] = (),
+    low: float = -math.inf,
+    high: float = math.inf,
+) -> Any:
+    """A dataclass field with its line of help, its allowed words and its inclusive numeric bounds."""
+    return field(default=default, metadata={"help": help, "choices": tuple(choices), "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images are, how they are cut, how they are delivered."""
+
+    path: str = setting(
+        "", "image folder (train/+val/, train/+test/, or one folder of class folders); synthetic = random data"
+    )
+    held_out: float = setting(
+        0.1, "share of each class held out where the folder has no val/ or test/", low=0.0, high=0.9
+    )
+    last_batch: str = setting("drop", "what happens to the last, short batch of an epoch", choices=("drop", "pad"))
+    empty_classes: str = setting("error", "class folders without an image", choices=("error", "skip"))
+    threads: int = setting(0, "decoder threads per rank (0 = this rank's share of the cores)", low=0)
+    prefetch: int = setting(2, "batches prepared ahead", low=1)
+    global_crops: int = setting(1, "large crops per image; the first one feeds the momentum encoder", low=1)
+    global_size: int = setting(224, "side of a global crop in pixels", low=1)
+    global_scale: tuple[float, float] = setting(
+        (0.25, 1.0), "area of a global crop as a share of the image", low=0.0, high=1.0
+    )
+    local_crops: int = setting(8, "small crops per image", low=0)
+    local_size: int = setting(96, "side of a local crop in pixels", low=1)
+    local_scale: tuple[float, float] = setting(
+        (0.05, 0.25), "area of a local crop as a share of the image", low=0.0, high=1.0
+    )
+    ratio: tuple[float, float] = setting(
+        (3 / 4, 4 / 3), "aspect ratio of a crop, width by height, log-uniform", low=0.01, high=100
+    )
+    eval_resize: int = setting(256, "shorter side before the centre crop in evaluation", low=1)
+    eval_size: int = setting(224, "side of the centre crop in evaluation", low=1)
+    mean: tuple[float, float, float] = setting(
+        (0.485, 0.456, 0.406), "channel means subtracted after scaling to [0, 1]"
+    )
+    std: tuple[float, float, float] = setting((0.229, 0.224, 0.225), "channel deviations divided by", low=1e-6)
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Photometric augmentation: probabilities and strengths (recipes of DINO and t-ReX)."""
+
+    flip: float = setting(0.5, "probability of a horizontal flip", low=0.0, high=1.0)
+    jitter: float = setting(0.8, "probability of the four colour jitters", low=0.0, high=1.0)
+    brightness: float = setting(0.4, "brightness factor in [1 - x, 1 + x]", low=0.0)
+    contrast: float = setting(0.4, "contrast factor in [1 - x, 1 + x]", low=0.0)
+    saturation: float = setting(0.2, "saturation factor in [1 - x, 1 + x]", low=0.0)
+    hue: float = setting(0.1, "hue shift in [-x, x] turns", low=0.0, high=0.5)
+    grayscale: float = setting(0.2, "probability of greyscale", low=0.0, high=1.0)
+    blur_radius: tuple[float, float] = setting(
+        (0.1, 2.0), "standard deviation of the Gaussian blur in pixels, uniform", low=0.0, high=16.0
+    )
+    global_blur: float = setting(0.2, "probability of blur on a global crop", low=0.0, high=1.0)
+    local_blur: float = setting(0.5, "probability of blur on a local crop", low=0.0, high=1.0)
+    global_solarize: float = setting(0.2, "probability of solarisation on a global crop", low=0.0, high=1.0)
+    local_solarize: float = setting(0.0, "probability of solarisation on a local crop", low=0.0, high=1.0)
+    solarize_threshold: int = setting(128, "pixels at or above are inverted", low=0, high=256)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The encoder and its momentum copy."""
+
+    arch: str = setting("resnet50", "resnet18, resnet34, resnet50, resnet101, or timm:NAME")
+    stem: str = setting(
+        "imagenet",
+        "imagenet: 7x7 stride 2 + max pool; small: 3x3 stride 1 for images up to 64 px",
+        choices=("imagenet", "small"),
+    )
+    width: int = setting(64, "channels of the first stage (64 = torchvision's)", low=1)
+    bn_momentum: float = setting(0.1, "momentum of the BatchNorm running statistics", low=0.0, high=1.0)
+    bn_eps: float = setting(1e-5, "epsilon of BatchNorm", low=0.0)
+    ema_momentum: float = setting(
+        0.999, "momentum of the momentum encoder, where the objective needs one", low=0.0, high=1.0
+    )
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """The expendable projector between encoder and loss."""
+
+    hidden_layers: int = setting(3, "hidden layers: Linear + BatchNorm + GELU (3 = t-ReX, 1 = t-ReX*)", low=0)
+    hidden_dim: int = setting(2048, "width of the hidden layers", low=1)
+    out_dim: int = setting(256, "width of the output, which meets the class weights", low=1)
+    input_norm: bool = setting(True, "l2-normalise the encoder's feature before the projector")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The objective's name and its options, which the objective's own ``Options`` dataclass defines."""
+
+    name: str = setting(
+        "class_means", "class_means (online prototypes, Eq. 2) or cosine_softmax (learnt class weights, Eq. 1)"
+    )
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """SGD and its schedule."""
+
+    batch_size: int = setting(256, "source images in the global batch (all ranks, all micro-batches)", low=1)
+    epochs: int = setting(100, "length of the schedule", low=1)
+    lr: float = setting(0.1, "peak learning rate for 256 images; scaled by batch_size / 256", low=0.0)
+    warmup_epochs: float = setting(10.0, "linear warm-up from 0", low=0.0)
+    min_lr: float = setting(1e-6, "end of the cosine", low=0.0)
+    momentum: float = setting(0.9, "SGD momentum", low=0.0, high=1.0)
+    weight_decay: float = setting(1e-4, "on parameters with two or more dimensions", low=0.0)
+    accumulate: int = setting(1, "micro-batches per step; BatchNorm works per micro-batch", low=1)
+    precision: str = setting("auto", "auto = bf16 where the hardware has it", choices=("auto", "bf16", "fp16", "fp32"))
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation during training."""
+
+    every_epochs: int = setting(1, "evaluate every so many epochs and at the end (0 = at the end only)", low=0)
+    batch_size: int = setting(64, "images per batch and rank", low=1)
+    knn_k: int = setting(20, "neighbours of the k-NN classifier", low=1)
+    knn_temperature: float = setting(0.07, "temperature of the k-NN votes", low=1e-6)
+    knn_per_class: int = setting(100, "training images per class in the k-NN bank (0 = all)", low=0)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, how many to keep."""
+
+    every_epochs: int = setting(1, "save every so many epochs and at the end (0 = by steps only)", low=0)
+    every_steps: int = setting(0, "save every so many steps too (0 = off)", low=0)
+    keep: int = setting(2, "newest checkpoints kept", low=1)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Seed and logging."""
+
+    seed: int = setting(0, "seed of everything random", low=0, high=2**63 - 1)
+    log_every: int = setting(50, "steps between log lines; device values are read only there", low=1)
+    tensorboard: bool = setting(False, "also write TensorBoard events")
+    wandb: str = setting("", "also log to this Weights & Biases project")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole configuration of one run. ``recipe`` is the name it started from."""
+
+    recipe: str = "demo"
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        if self.optim.warmup_epochs >= self.optim.epochs:
+            raise FastrexError(
+                f"config: optim.warmup_epochs must be less than optim.epochs, got {self.optim.warmup_epochs:g} and "
+                f"{self.optim.epochs}; set both"
+            )
+        for name in ("global_scale", "local_scale", "ratio"):
+            low, high = getattr(self.data, name)
+            if not 0 < low <= high:
+                raise FastrexError(f"config: data.{name} must be two rising numbers above 0, got [{low:g}, {high:g}]")
+        low, high = self.augment.blur_radius
+        if low > high:
+            raise FastrexError(f"config: augment.blur_radius must be two rising numbers, got [{low:g}, {high:g}]")
+
+
+def sections() -> dict[str, type[Any]]:
+    """The sections of a configuration file and their dataclasses."""
+    hints = typing.get_type_hints(Config)
+    return {f.name: hints[f.name] for f in dataclasses.fields(Config) if f.name != "recipe"}
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that come with fastrex."""
+    return sorted(p.stem for p in RECIPES.glob("*.toml"))
+
+
+def load(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe (a name, a TOML file, or None for ``demo``) and apply ``section.key=value`` overrides in order.
+
+    Raises:
+        FastrexError: unknown recipe, section, key or value; the message names the nearest one that exists.
+    """
+    name = "demo" if recipe is None else str(recipe)
+    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+    if not path.is_file():
+        raise FastrexError(
+            f"train: recipe must be one of {', '.join(recipes())} or a TOML file, got {name!r}{_nearest(name, recipes())}"
+        )
+    table = _parse(path.read_text(encoding="utf-8"), str(path))
+    table.setdefault("recipe", path.stem)
+    return from_table(_merge(table, overrides))
+
+
+def override(config: Config, overrides: Sequence[str]) -> Config:
+    """Apply ``section.key=value`` overrides to a configuration."""
+    return from_table(_merge(tomllib.loads(to_toml(config)), overrides))
+
+
+def _merge(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    for text in overrides:
+        section, key, value = parse_override(text)
+        if not isinstance(table.setdefault(section, {}), dict):
+            raise FastrexError(f"config: {section} is no section, got the setting {text!r}")
+        table[section][key] = value
+    return table
+
+
+def parse_override(text: str) -> tuple[str, str, Any]:
+    """Split ``section.key=value``; the value is read as TOML and, failing that, as the bare word."""
+    name, eq, raw = text.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (eq and dot and section and key):
+        raise FastrexError(f"config: a setting must be section.key=value, got {text!r}")
+    try:
+        value = tomllib.loads(f"v = {raw.strip()}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    return section, key, value
+
+
+def from_toml(text: str, origin: str = "config") -> Config:
+    """Read a configuration that :func:`to_toml` wrote."""
+    return from_table(_parse(text, origin))
+
+
+def from_table(table: Mapping[str, Any]) -> Config:
+    """Build a configuration from nested mappings; unknown names are errors that point to the nearest known one."""
+    known = sections()
+    values: dict[str, Any] = {}
+    for name, content in table.items():
+        if name == "recipe":
+            values[name] = str(content)
+        elif name not in known:
+            raise FastrexError(
+                f"config: section must be one of {', '.join(known)}, got {name!r}{_nearest(name, list(known))}"
+            )
+        elif not isinstance(content, Mapping):
+            raise FastrexError(f"config: {name} must be a section, got {content!r}; write {name}.key=value")
+        elif name == OBJECTIVE:
+            options = dict(content)
+            chosen = options.pop("name", ObjectiveConfig.name)
+            values[name] = ObjectiveConfig(name=_convert(chosen, str, "objective.name", {}), options=options)
+        else:
+            values[name] = build(known[name], content, name)
+    return Config(**values)
+
+
+def build(cls: type[Any], content: Mapping[str, Any], section: str) -> Any:
+    """Make the dataclass ``cls`` from ``content``; names, types, words and bounds are checked."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values = {}
+    for key, value in content.items():
+        if key not in fields:
+            raise FastrexError(
+                f"config: {section}.{key} is no setting{_nearest(key, list(fields))}; see 'fastrex config'"
+            )
+        values[key] = _convert(value, hints[key], f"{section}.{key}", fields[key].metadata)
+    return cls(**values)
+
+
+def items(config: Config) -> Iterator[tuple[str, str, Any, str]]:
+    """Every setting as (section, key, value, help). The objective's options carry no help here; their ``Options``
+    does."""
+    for name, cls in sections().items():
+        part = getattr(config, name)
+        for f in dataclasses.fields(cls):
+            if f.name != "options":
+                yield name, f.name, getattr(part, f.name), f.metadata["help"]
+        if name == OBJECTIVE:
+            for key, value in part.options.items():
+                yield name, key, value, ""
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as TOML, every field named."""
+    lines = [f"recipe = {toml_value(config.recipe)}"]
+    current = ""
+    for section, key, value, _ in items(config):
+        if section != current:
+            lines += ["", f"[{section}]"]
+            current = section
+        lines.append(f"{key} = {toml_value(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def diff(old: Config, new: Config) -> list[str]:
+    """The settings that differ, as ``section.key: old -> new``."""
+    before = {(s, k): v for s, k, v, _ in items(old)}
+    after = {(s, k): v for s, k, v, _ in items(new)}
+    keys = list(dict.fromkeys([*before, *after]))
+    return [
+        f"{s}.{k}: {toml_value(before.get((s, k), ''))} -> {toml_value(after.get((s, k), ''))}"
+        for s, k in keys
+        if before.get((s, k)) != after.get((s, k))
+    ]
+
+
+def _parse(text: str, origin: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise FastrexError(f"config: {origin} must be TOML: {error}") from None
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def _convert(value: Any, kind: Any, name: str, meta: Mapping[str, Any]) -> Any:
+    """Check one value against its type, words and bounds; ints are taken for floats and lists for tuples."""
+    if typing.get_origin(kind) is tuple:
+        parts = typing.get_args(kind)
+        if not isinstance(value, list | tuple) or len(value) != len(parts):
+            raise FastrexError(f"config: {name} must be a list of {len(parts)} numbers, got {value!r}")
+        return tuple(_convert(v, k, name, meta) for v, k in zip(value, parts, strict=True))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise FastrexError(f"config: {name} must be {_KIND[kind]}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise FastrexError(f"config: {name} must be a finite number, got {value}")
+    if meta.get("choices") and value not in meta["choices"]:
+        raise FastrexError(
+            f"config: {name} must be one of {', '.join(meta['choices'])}, got {value!r}{_nearest(str(value), meta['choices'])}"
+        )
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        low, high = meta.get("low", -math.inf), meta.get("high", math.inf)
+        if not low <= value <= high:
+            bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise FastrexError(f"config: {name} must be {bound}, got {value!r}")
+    return value
+
+
+_KIND: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+
+
+def toml_value(value: Any) -> str:
+    """One value as TOML."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        escaped = "".join(c if ord(c) >= 32 and ord(c) != 127 else f"\\u{ord(c):04x}" for c in escaped)
+        return f'"{escaped}"'
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(toml_value(v) for v in value) + "]"
+    return repr(value)
