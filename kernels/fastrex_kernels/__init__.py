@@ -1,0 +1,21 @@
+"""Fused operators for supervised representation learning, usable without the rest of fastrex.
+
+Every operator has a reference in eager PyTorch that defines it; ``impl="auto"`` takes the fastest implementation that
+this installation has for the tensors' device.
+"""
+
+from .augment import augment
+from .batch_norm_act import batch_norm_act
+from .class_means import bank_update_, class_means
+from .cosine_ce import Stats, cosine_cross_entropy
+from .sgd_ema import sgd_ema_
+
+__all__ = [
+    "Stats",
+    "augment",
+    "bank_update_",
+    "batch_norm_act",
+    "class_means",
+    "cosine_cross_entropy",
+    "sgd_ema_",
+]
