@@ -238,8 +238,12 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def _merge(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    for text in overrides:
-        section, key, value = parse_override(text)
+    """Apply overrides in order. Another objective brings its own options: those of the recipe's objective are dropped."""
+    parsed = [(text, *parse_override(text)) for text in overrides]
+    for _, section, key, value in parsed:
+        if (section, key) == (OBJECTIVE, "name") and table.get(OBJECTIVE, {}).get("name") != value:
+            table[OBJECTIVE] = {"name": value}
+    for text, section, key, value in parsed:
         if not isinstance(table.setdefault(section, {}), dict):
             raise FastrexError(f"config: {section} is no section, got the setting {text!r}")
         table[section][key] = value

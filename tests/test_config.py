@@ -125,3 +125,8 @@ def test_unknown_recipe_and_own_recipe(tmp_path) -> None:
     own.write_text("[optim\n", encoding="utf-8")
     with pytest.raises(FastrexError, match="must be TOML"):
         c.load(str(own))
+
+
+def test_another_objective_brings_its_own_options() -> None:
+    config = objectives.resolve(c.load("trex", ["objective.temperature=0.2", "objective.name=cosine_softmax"]))
+    assert dict(config.objective.options) == {"temperature": 0.2}

@@ -1,0 +1,1 @@
+"""Benchmarks and the figures they leave in ``results/``. In an installation this package is ``fastrex.bench``."""

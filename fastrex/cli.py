@@ -1,0 +1,294 @@
+"""The command ``fastrex``. Every error is one line with the way out; ``--debug`` shows the traceback.
+
+Exit codes: 0 done, 1 error, 2 usage, 3 diverged, 75 preempted (torchrun turns every one but 0 into 1: read
+status.json).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import config as config_module
+from .config import Config
+from .errors import DivergedError, FastrexError
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
+DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+DATA = click.option("--data", "data_path", metavar="FOLDER", help="Image folder, or 'synthetic'; sets data.path.")
+SETTINGS = click.argument("settings", nargs=-1, metavar="[RECIPE] [section.key=value ...]")
+
+
+def main() -> None:
+    """Entry point of the console script, of ``python -m fastrex`` and of ``torchrun -m fastrex``."""
+    debug = "--debug" in sys.argv
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    try:
+        code = cli(arguments, prog_name="fastrex", standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if debug:
+            raise
+        rank = os.environ.get("RANK", "0")
+        where = f" [rank {rank}]" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        if isinstance(error, FastrexError):
+            text = str(error)
+        else:
+            first = (str(error).strip().splitlines() or ["no message"])[0]
+            text = f"{type(error).__name__}: {first} (--debug shows the traceback)"
+        click.echo(f"fastrex: error{where}: {text}", err=True)
+        # Leave without the interpreter's own teardown of a half-alive process group: it would wait for ranks that are
+        # gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        code = 3 if isinstance(error, DivergedError) else 1
+        if where:
+            os._exit(code)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(package_name="fastrex")
+def cli() -> None:
+    """Train transferable supervised image encoders with the t-ReX method. Add --debug to any command for tracebacks."""
+
+
+def _split(settings: tuple[str, ...]) -> tuple[str | None, list[str]]:
+    """The recipe (a first word without '=') and the settings."""
+    words = list(settings)
+    recipe = words.pop(0) if words and "=" not in words[0] else None
+    return recipe, words
+
+
+def _located(path: str | None) -> list[str]:
+    """``--data`` as a setting; folders are made absolute so that a run resumes from anywhere."""
+    if path is None:
+        return []
+    return [f"data.path={json.dumps(path if path == 'synthetic' else str(Path(path).expanduser().resolve()))}"]
+
+
+@cli.command()
+@SETTINGS
+@DATA
+@click.option("--out", type=click.Path(path_type=Path), help="Run directory; default runs/<recipe>-<UTC time>.")
+@click.option("--resume", type=click.Choice(["never", "auto", "must"]), default="never", show_default=True)
+@click.option(
+    "--init-from", metavar="SOURCE", help="Start a new run from an encoder: a run, a safetensors file, a .pth."
+)
+@click.option("--max-steps", type=click.IntRange(min=1), help="Stop early; the schedule keeps its length.")
+@click.option("--arch", metavar="NAME", help="resnet18|34|50|101 or timm:NAME; sets model.arch.")
+@click.option("--precision", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), help="Sets optim.precision.")
+@DEVICE
+def train(
+    settings: tuple[str, ...],
+    data_path: str | None,
+    out: Path | None,
+    resume: str,
+    init_from: str | None,
+    max_steps: int | None,
+    arch: str | None,
+    precision: str | None,
+    device: str,
+) -> int:
+    """Train a recipe (demo when none is named) on a folder of images, to an exported encoder.
+
+    \b
+    fastrex train                                     the embedded demo
+    fastrex train trex --data /data/imagenet          the paper's recipe
+    fastrex train trex_star --data PATH optim.batch_size=512 run.seed=1
+    fastrex train --out RUN --resume must             continue RUN exactly
+    torchrun --nproc-per-node=8 -m fastrex train trex --data PATH
+    """
+    from . import rundir, trainer
+
+    recipe, words = _split(settings)
+    words = [*words, *_located(data_path)]
+    words += [f"model.arch={json.dumps(arch)}"] if arch else []
+    words += [f"optim.precision={precision}"] if precision else []
+    if resume == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        if out is None:
+            raise FastrexError(
+                "train: a restarted job needs the run directory to continue; pass --out RUN to torchrun's command"
+            )
+        resume = "auto"
+    config = _config(recipe, words, out if resume != "never" else None, rundir.CONFIG)
+    result = trainer.train(config, out=out, resume=resume, init_from=init_from, max_steps=max_steps, device=device)
+    return rundir.EXIT_CODES[result.state]
+
+
+def _config(recipe: str | None, words: list[str], run: Path | None, name: str) -> Config | None:
+    """The configuration asked for. Without a recipe a resumed run's own is the base; None when it is not touched at
+    all."""
+    stored = run / name if run is not None else None
+    if recipe is None and stored is not None and stored.is_file():
+        if not words:
+            return None
+        return config_module.override(config_module.from_toml(stored.read_text(encoding="utf-8"), str(stored)), words)
+    return config_module.load(recipe, words)
+
+
+@cli.command("eval")
+@click.argument("source")
+@click.argument("settings", nargs=-1, metavar="[section.key=value ...]")
+@DATA
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the result to this file.")
+@DEVICE
+def eval_command(
+    source: str, settings: tuple[str, ...], data_path: str | None, json_path: Path | None, device: str
+) -> None:
+    """Accuracy of SOURCE (a run, a checkpoint, an export, .safetensors, .pth) on the held-out images of a folder.
+
+    A run is evaluated on its own data set and settings unless told otherwise; its own classifier is used where its
+    classes are those of the data. Every other source is evaluated by k-NN.
+    """
+    from . import checkpoint, standalone
+
+    result = standalone.evaluate_source(source, [*settings, *_located(data_path)], device)
+    for name, value in result.items():
+        click.echo(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}")
+    if json_path is not None:
+        checkpoint.write_json(json_path, result)
+
+
+@cli.group()
+def data() -> None:
+    """Index a folder of images, write the demo images, look at a batch."""
+
+
+@data.command("index")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--empty-classes", type=click.Choice(["error", "skip"]), default="error", show_default=True)
+@click.option("--threads", type=click.IntRange(min=0), default=0, help="Reader threads (0 = four per core).")
+def data_index(path: Path, empty_classes: str, threads: int) -> None:
+    """Build the index of an image folder: sizes, labels, and which files cannot be read."""
+    from .data import index as index_module
+
+    with _progress("indexing") as tick:
+        index = index_module.build(path, threads=threads, progress=tick, empty_classes=empty_classes)
+    target = index_module.default_path(path)
+    index_module.save(index, target)
+    bad = index.bad()
+    click.echo(f"{len(index.labels) - len(bad)} images, {len(index.classes)} classes, layout {index.layout}")
+    for name, reason in bad:
+        click.echo(f"left out: {name!r} ({reason})")
+    if index.skipped:
+        click.echo(f"empty classes skipped: {', '.join(map(repr, index.skipped))}")
+    if index.ignored:
+        click.echo(f"{index.ignored} other files ignored")
+    click.echo(f"index: {target}")
+
+
+@data.command("demo")
+@click.argument("path", type=click.Path(path_type=Path), required=False)
+def data_demo(path: Path | None) -> None:
+    """Write scikit-learn's handwritten digits as a JPEG class-folder data set (default: the cache folder)."""
+    from .data.demo import write_digits
+
+    click.echo(str(write_digits(path)))
+
+
+@data.command("show")
+@SETTINGS
+@DATA
+@click.option("--epoch", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--step", type=click.IntRange(min=0), default=0, show_default=True, help="Step within the epoch.")
+@click.option("--rows", type=click.IntRange(min=1), default=8, show_default=True, help="Images shown.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("batch.png"), show_default=True)
+def data_show(settings: tuple[str, ...], data_path: str | None, epoch: int, step: int, rows: int, out: Path) -> None:
+    """Write a PNG contact sheet: the crops of a batch as the model sees them, with their draws."""
+    from . import standalone
+
+    recipe, words = _split(settings)
+    config = config_module.load(recipe, [*words, *_located(data_path)])
+    standalone.show_batch(config, epoch, step, rows, out)
+    click.echo(str(out))
+
+
+@cli.command()
+@click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--to", "target", type=click.Choice(["torchvision", "timm", "hf"]), default="torchvision", show_default=True
+)
+def export(source: str, out: Path, target: str) -> None:
+    """Write the encoder of SOURCE (a run, safetensors, or an official .pth) to the folder OUT, verified by
+    reloading."""
+    from .export import export as write
+
+    folder = write(source, out, target)
+    click.echo(f"encoder: {folder / 'model.safetensors'}")
+    click.echo(f"load it: fastrex.load_encoder({str(folder)!r})")
+
+
+@cli.command("config")
+@SETTINGS
+@DATA
+@click.option("--toml", is_flag=True, help="Only TOML, to be saved as a recipe of your own.")
+def config_command(settings: tuple[str, ...], data_path: str | None, toml: bool) -> None:
+    """Print the resolved configuration with a line of help per field. Recipes: see 'fastrex config --help'."""
+    from . import objectives
+
+    recipe, words = _split(settings)
+    config = objectives.resolve(config_module.load(recipe, [*words, *_located(data_path)]))
+    if toml:
+        click.echo(config_module.to_toml(config), nl=False)
+        return
+    helps = objectives.option_help(config)
+    click.echo(f"# recipes: {', '.join(config_module.recipes())}")
+    section = ""
+    for name, key, value, text in config_module.items(config):
+        if name != section:
+            click.echo(f"\n[{name}]")
+            section = name
+        click.echo(f"{key + ' = ' + config_module.toml_value(value):<44}# {text or helps.get(key, '')}")
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(run: Path, as_json: bool) -> None:
+    """How RUN is doing: running, completed, preempted, failed, diverged or killed, and its newest checkpoint."""
+    from . import rundir
+
+    content = rundir.read_status(run)
+    if as_json:
+        click.echo(json.dumps(content))
+        return
+    for name, value in content.items():
+        click.echo(f"{name}: {value}")
+    if content["state"] in ("preempted", "killed", "failed"):
+        click.echo(f"continue: fastrex train --out {run} --resume must")
+
+
+@cli.command()
+def env() -> None:
+    """Versions and hardware, for a bug report."""
+    from . import rundir
+
+    click.echo(json.dumps(rundir.environment(), indent=1))
+
+
+class _progress:
+    """A line on a terminal that is overwritten; nothing where the output is a file."""
+
+    def __init__(self, word: str) -> None:
+        self.word, self.shown = word, sys.stderr.isatty()
+
+    def __enter__(self) -> Any:
+        return self._tick if self.shown else None
+
+    def _tick(self, done: int, total: int) -> None:
+        click.echo(f"\r{self.word} {done}/{total}", err=True, nl=False)
+
+    def __exit__(self, *_: object) -> None:
+        if self.shown:
+            click.echo("", err=True)

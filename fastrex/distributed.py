@@ -1,0 +1,147 @@
+"""Ranks: start-up from torchrun's environment, and the few collectives that the loop needs. A single process needs
+none."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import FastrexError
+
+TIMEOUT = datetime.timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The process group for SyncBN and gathers, or None for a single process."""
+        return dist.group.WORLD if self.size > 1 else None
+
+    @property
+    def threads(self) -> int:
+        """This rank's share of the cores."""
+        cores = len(os.sched_getaffinity(0))
+        return max(1, cores // self.local_size)
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """``auto`` takes CUDA where it is there; asking for ``cuda`` without it is an error."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise FastrexError(
+            "train: --device cuda needs a CUDA build of torch and a GPU that it can see; use --device cpu"
+        )
+    if local_rank >= torch.cuda.device_count():
+        raise FastrexError(
+            f"train: --nproc-per-node must be at most the number of visible GPUs, {torch.cuda.device_count()}, "
+            f"got local rank {local_rank}"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def world(device: str = "auto") -> Iterator[World]:
+    """Join the group that torchrun describes in the environment; leave it on success only, so that a failing rank ends
+    the job instead of waiting for its peers."""
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    chosen = pick_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if size > 1:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+    yield World(rank, size, local_rank, local_size, chosen)
+    if size > 1:
+        dist.destroy_process_group()
+
+
+def gather_rows(x: Tensor, world: World) -> Tensor:
+    """Rows of all ranks, concatenated in rank order; every rank must bring equally many."""
+    if world.size == 1:
+        return x
+    out = x.new_empty((world.size * x.shape[0], *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.contiguous())
+    return out
+
+
+def gather_ragged(x: Tensor, world: World) -> Tensor:
+    """Rows of all ranks, concatenated in rank order; ranks may bring different numbers of rows."""
+    if world.size == 1:
+        return x
+    counts = torch.zeros(world.size, dtype=torch.int64, device=x.device)
+    counts[world.rank] = x.shape[0]
+    dist.all_reduce(counts)
+    sizes = [int(n) for n in counts.tolist()]
+    padded = x.new_zeros((max(sizes), *x.shape[1:]))
+    padded[: x.shape[0]] = x
+    every = gather_rows(padded, world)
+    return torch.cat([every[r * max(sizes) : r * max(sizes) + n] for r, n in enumerate(sizes)])
+
+
+def sum_(x: Tensor, world: World) -> Tensor:
+    """Sum over ranks, in place."""
+    if world.size > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def all_true(flag: Tensor, world: World) -> Tensor:
+    """Whether a 0-d bool tensor is True on every rank; stays on the device."""
+    if world.size == 1:
+        return flag
+    count = flag.to(torch.int32)
+    dist.all_reduce(count, op=dist.ReduceOp.MIN)
+    return count.bool()
+
+
+def any_true(flag: bool, world: World) -> bool:
+    """Whether a Python bool is True on any rank; a host sync."""
+    if world.size == 1:
+        return flag
+    count = torch.tensor(int(flag), device=world.device)
+    dist.all_reduce(count, op=dist.ReduceOp.MAX)
+    return bool(count)
+
+
+def from_main(value: int, world: World) -> int:
+    """Rank 0's integer on every rank; a host sync."""
+    if world.size == 1:
+        return value
+    box = torch.tensor(value, device=world.device)
+    dist.broadcast(box, src=0)
+    return int(box)
+
+
+def broadcast_(tensors: Iterable[Tensor], world: World) -> None:
+    """Give every rank the values of rank 0, in place."""
+    if world.size > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
+def barrier(world: World) -> None:
+    """Wait for all ranks."""
+    if world.size > 1:
+        dist.barrier()

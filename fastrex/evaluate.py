@@ -1,0 +1,126 @@
+"""Evaluation of a model in training: the objective's own classifier and weighted k-NN, sharded over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import Config
+from .data.index import Index
+from .data.loader import EvalLoader
+from .distributed import World, gather_ragged, sum_
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+def evaluate(
+    encoder: nn.Module,
+    index: Index,
+    config: Config,
+    world: World,
+    autocast: Autocast,
+    predict: Callable[[Tensor], Tensor | None] | None = None,
+) -> dict[str, float]:
+    """Accuracies on the held-out images with running BatchNorm statistics and one centre crop.
+
+    Args:
+        encoder: images [B, 3, S, S] -> features [B, D], in eval mode.
+        predict: features [B, D] -> class scores [B, C] or None; the objective's own classifier behind the projector.
+
+    Returns:
+        ``eval/top1`` (where ``predict`` gives scores), ``eval/knn`` and ``eval/images``; empty when nothing is held
+        out.
+    """
+    held_out = index.rows("val", config.data.held_out)
+    if not len(held_out):
+        return {}
+    bank_rows = knn_rows(index, index.rows("train", config.data.held_out), config.eval.knn_per_class)
+    with torch.inference_mode():
+        bank, bank_labels, _ = _extract(encoder, index, bank_rows, config, world, autocast, None)
+        bank, bank_labels = gather_ragged(bank, world), gather_ragged(bank_labels, world)
+        features, labels, hits = _extract(encoder, index, held_out, config, world, autocast, predict)
+        votes = knn_scores(
+            bank, bank_labels, features, len(index.classes), config.eval.knn_k, config.eval.knn_temperature
+        )
+        knn_hits = (votes.argmax(1) == labels).sum()
+        total = torch.stack([hits.double(), knn_hits.double(), hits.new_tensor(len(labels)).double()])
+        top1, knn, count = sum_(total, world).tolist()
+    result = {"eval/knn": knn / count, "eval/images": count}
+    return result if top1 < 0 else {"eval/top1": top1 / count, **result}
+
+
+def knn_rows(index: Index, rows: np.ndarray[Any, Any], per_class: int) -> np.ndarray[Any, Any]:
+    """At most ``per_class`` rows of each class (0 = all), always the same ones whatever the number of ranks."""
+    if not per_class:
+        return rows
+    order = np.lexsort((index.split_key[rows], index.labels[rows]))
+    labels = index.labels[rows][order]
+    first = np.searchsorted(labels, labels, side="left")
+    return np.sort(rows[order[np.arange(len(labels)) - first < per_class]])
+
+
+def knn_scores(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, num_classes: int, k: int, temperature: float, chunk: int = 1024
+) -> Tensor:
+    """Weighted k-NN votes [Q, C]: the k nearest bank rows by cosine vote for their class with exp(cosine /
+    temperature).
+
+    Args:
+        bank: features [M, D]. bank_labels: int64 [M]. queries: features [Q, D]. k is capped at M.
+    """
+    bank = F.normalize(bank.float(), dim=1)
+    votes = torch.zeros(len(queries), num_classes, device=queries.device)
+    for start in range(0, len(queries), chunk):
+        part = F.normalize(queries[start : start + chunk].float(), dim=1)
+        near, where = (part @ bank.T).topk(min(k, len(bank)), dim=1)
+        # Shifted by the nearest one: exp(1 / 0.01) would overflow in float32.
+        weight = ((near - near[:, :1]) / temperature).exp()
+        votes[start : start + chunk].scatter_add_(1, bank_labels[where], weight)
+    return votes
+
+
+def _extract(
+    encoder: nn.Module,
+    index: Index,
+    rows: np.ndarray[Any, Any],
+    config: Config,
+    world: World,
+    autocast: Autocast,
+    predict: Callable[[Tensor], Tensor | None] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's share of ``rows``: features, labels, and the hits of ``predict`` (negative when it gives no
+    scores)."""
+    mine = rows[world.rank :: world.size]
+    features, labels = [], []
+    hits = torch.zeros((), dtype=torch.int64, device=world.device)
+    scored = predict is not None
+    loader = EvalLoader(
+        index,
+        mine,
+        config.data,
+        batch_size=config.eval.batch_size,
+        device=world.device,
+        dtype=torch.float32,
+        threads=config.data.threads or world.threads,
+    )
+    for images, target, _ in loader:
+        with autocast():
+            out = encoder(images)
+            scores = predict(out) if predict is not None else None
+        if scores is None:
+            scored = False
+        else:
+            hits += (scores.argmax(1) == target).sum()
+        features.append(out.float())
+        labels.append(target)
+    if not features:
+        size = int(encoder.num_features)  # type: ignore[arg-type]
+        empty = torch.zeros(0, size, device=world.device), torch.zeros(0, dtype=torch.int64, device=world.device)
+        return *empty, hits
+    return torch.cat(features), torch.cat(labels), hits if scored else hits - 2**40

@@ -1,0 +1,133 @@
+"""Device-side averages, the progress line, and where they are written: metrics.jsonl, train.log, TensorBoard, W&B."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import Config
+from .distributed import World, sum_
+from .errors import FastrexError
+
+LOGGED = {"empty_classes": "bank/empty_classes"}  # every other device value is logged as train/<name>
+
+
+class Meter:
+    """Sums of 0-d device tensors; reading them is the only host sync."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            value = value.detach().to(torch.float32)
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count += 1
+
+    def read(self, world: World) -> dict[str, float]:
+        """Means over steps and ranks under their names in the log; starts anew."""
+        if not self.count:
+            return {}
+        total = sum_(torch.stack(list(self.sums.values())), world) / (self.count * world.size)
+        values = {LOGGED.get(n, f"train/{n}"): v for n, v in zip(self.sums, total.tolist(), strict=True)}
+        self.sums, self.count = {}, 0
+        return values
+
+
+class Log:
+    """Lines for people and records for programs. Only rank 0 writes."""
+
+    def __init__(self, run: Path, config: Config, world: World, resume_step: int | None) -> None:
+        self.main = world.main
+        self.board: Any = None
+        self.wandb: Any = None
+        if not self.main:
+            return
+        path = run / "metrics.jsonl"
+        if resume_step is not None and path.exists():
+            _drop_after(path, resume_step)
+        self.text = (run / "train.log").open("a", encoding="utf-8")
+        self.records = path.open("a", encoding="utf-8")
+        if config.run.tensorboard:
+            self.board = _tensorboard(run)
+        if config.run.wandb:
+            self.wandb = _wandb(config.run.wandb, run)
+
+    def line(self, text: str) -> None:
+        """One line on the terminal and in train.log."""
+        if self.main:
+            print(text, flush=True)
+            self.text.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n")
+            self.text.flush()
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl: ``step``, ``time`` (Unix seconds) and the named values."""
+        if not self.main:
+            return
+        self.records.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        self.records.flush()
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(dict(values), step=step)
+
+    def close(self) -> None:
+        if self.main:
+            self.text.close()
+            self.records.close()
+            if self.board is not None:
+                self.board.close()
+            if self.wandb is not None:
+                self.wandb.finish()
+
+
+def progress(step: int, total: int, epoch: int, values: Mapping[str, float], eta_s: float) -> str:
+    """The progress line: step, loss, top-1, learning rate, images/s, share of time waiting for data, time left."""
+    left = max(0, round(eta_s))
+    clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}" if left >= 3600 else f"{left // 60}:{left % 60:02d}"
+    return (
+        f"step {step}/{total} epoch {epoch} | loss {values['train/loss']:.4f} | top-1 {values['train/top1']:6.2%} | "
+        f"lr {values['train/lr']:.5f} | {values['perf/images_per_s']:.1f} images/s | "
+        f"data wait {values['perf/data_wait']:.0%} | eta {clock}"
+    )
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Forget records past the checkpoint that training continues from: those steps are about to be made again."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # a line cut by the kill that this resume follows
+        if record["step"] <= step:
+            kept.append(line)
+    temp = path.with_name(".metrics.jsonl")
+    temp.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    temp.replace(path)
+
+
+def _tensorboard(run: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise FastrexError(
+            "train: run.tensorboard=true needs TensorBoard; pip install 'fastrex[tensorboard]'"
+        ) from None
+    return SummaryWriter(str(run))
+
+
+def _wandb(project: str, run: Path) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise FastrexError("train: run.wandb=PROJECT needs W&B; pip install 'fastrex[wandb]'") from None
+    return wandb.init(project=project, dir=str(run), name=run.name, resume="allow")

@@ -1,0 +1,1 @@
+"""The network: ResNet encoders named as in torchvision, projector, multi-crop forward, EMA copy."""

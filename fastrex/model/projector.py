@@ -1,0 +1,54 @@
+"""The projector between encoder and loss; thrown away after training (Sariyildiz et al. 2023, section 3)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .resnet import BatchNormAct
+
+if TYPE_CHECKING:
+    from ..config import ProjectorConfig
+
+
+class Projector(nn.Module):
+    """Features [N, D] -> [N, out_dim]: input l2 norm, L x [Linear -> BatchNorm -> GELU (erf)], Linear without bias.
+
+    Linear weights start from a truncated normal of std 0.02, biases from 0. The input norm (eps 1e-12) is computed in
+    fp32 or better; the output is not normalised.
+
+    Args:
+        in_features: D.
+        cfg: ``hidden_layers`` (L; 0 leaves the last layer alone), ``hidden_dim``, ``out_dim``, ``input_norm``.
+        bn_momentum: momentum of the running statistics.
+        bn_eps: eps of the batch normalisation.
+    """
+
+    def __init__(
+        self, in_features: int, cfg: ProjectorConfig, *, bn_momentum: float = 0.1, bn_eps: float = 1e-5
+    ) -> None:
+        super().__init__()
+        self.input_norm = cfg.input_norm
+        layers: list[nn.Module] = []
+        features = in_features
+        for _ in range(cfg.hidden_layers):
+            norm = BatchNormAct(cfg.hidden_dim, relu=False, eps=bn_eps, momentum=bn_momentum)
+            layers += [nn.Linear(features, cfg.hidden_dim), norm, nn.GELU()]
+            features = cfg.hidden_dim
+        layers.append(nn.Linear(features, cfg.out_dim, bias=False))
+        self.layers = nn.Sequential(*layers)
+        self.out_features = cfg.out_dim
+        for layer in layers:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.input_norm:
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            x = nn.functional.normalize(wide, dim=1, eps=1e-12)
+        out: Tensor = self.layers(x)
+        return out

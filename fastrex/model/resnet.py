@@ -1,0 +1,250 @@
+"""ResNet encoders (He et al. 2016, v1.5) with torchvision's parameter names, channels-last from end to end.
+
+The network ends at the global average pool: there is no ``fc``. Its ``state_dict`` has exactly the keys of
+torchvision's model without ``fc.*``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
+
+from fastrex_kernels.batch_norm_act import batch_norm_act
+
+from ..errors import FastrexError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from ..config import ModelConfig
+
+ARCHS: dict[str, tuple[bool, tuple[int, int, int, int]]] = {
+    "resnet18": (False, (2, 2, 2, 2)),
+    "resnet34": (False, (3, 4, 6, 3)),
+    "resnet50": (True, (3, 4, 6, 3)),
+    "resnet101": (True, (3, 4, 23, 3)),
+}
+"""Name -> (bottleneck blocks instead of basic ones, blocks per stage)."""
+
+STEMS = ("imagenet", "small")
+
+
+class BatchNormAct(nn.Module):
+    """Batch normalisation with an optional residual sum and ReLU, through the op ``batch_norm_act``.
+
+    Parameters and buffers have the names and meanings of ``torch.nn.BatchNorm2d``; inputs are [N, C] or [N, C, H, W].
+
+    Attributes:
+        process_group: None for statistics of this rank's batch, or the group whose joined batch they are taken from.
+    """
+
+    process_group: ProcessGroup | None
+    weight: nn.Parameter
+    bias: nn.Parameter
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, num_features: int, *, relu: bool = True, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.relu = relu
+        self.eps = eps
+        self.momentum = momentum
+        self.process_group = None
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Normalise ``x``, add ``residual`` (same shape), apply the ReLU if this layer has one."""
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        return batch_norm_act(
+            x,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            residual=residual,
+            relu=self.relu,
+            training=self.training,
+            momentum=self.momentum,
+            eps=self.eps,
+            process_group=self.process_group,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, relu={self.relu}, eps={self.eps}, momentum={self.momentum}"
+
+
+Norm = Callable[..., BatchNormAct]
+
+
+def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
+
+
+class _Block(nn.Module):
+    """Residual block: 3x3, 3x3 (basic) or 1x1, 3x3, 1x1 (bottleneck); the first 3x3 carries the stride (v1.5)."""
+
+    def __init__(self, inputs: int, planes: int, stride: int, bottleneck: bool, norm: Norm) -> None:
+        super().__init__()
+        outputs = planes * (4 if bottleneck else 1)
+        if bottleneck:
+            self.conv1 = _conv(inputs, planes, 1)
+            self.bn1 = norm(planes)
+            self.conv2 = _conv(planes, planes, 3, stride)
+            self.bn2 = norm(planes)
+            self.conv3: nn.Conv2d | None = _conv(planes, outputs, 1)
+            self.bn3: BatchNormAct | None = norm(outputs)
+        else:
+            self.conv1 = _conv(inputs, planes, 3, stride)
+            self.bn1 = norm(planes)
+            self.conv2 = _conv(planes, planes, 3)
+            self.bn2 = norm(planes)
+            self.conv3 = self.bn3 = None
+        self.downsample = (
+            nn.Sequential(_conv(inputs, outputs, 1, stride), norm(outputs, relu=False))
+            if stride != 1 or inputs != outputs
+            else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        y = self.conv2(self.bn1(self.conv1(x)))
+        if self.conv3 is not None and self.bn3 is not None:
+            y = self.conv3(self.bn2(y))
+            out: Tensor = self.bn3(y, shortcut)
+        else:
+            out = self.bn2(y, shortcut)
+        return out
+
+
+class ResNet(nn.Module):
+    """ResNet without a classifier: images [B, 3, H, W] -> features [B, num_features] (global average pool).
+
+    Args:
+        arch: one of ``ARCHS``.
+        stem: "imagenet" (7x7 convolution of stride 2, max pool) or "small" (3x3 of stride 1, no pool: up to 64 px).
+        width: channels of the stem; 64 is the published network, every other layer scales with it.
+        bn_momentum: momentum of the running statistics.
+        bn_eps: eps of the batch normalisation.
+
+    Convolutions start from Kaiming's normal (fan-out, ReLU), batch norms from 1 and 0, also the last of each block.
+    Weights are kept channels-last and inputs are brought to that format.
+    """
+
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+
+    def __init__(
+        self, arch: str, *, stem: str = "imagenet", width: int = 64, bn_momentum: float = 0.1, bn_eps: float = 1e-5
+    ) -> None:
+        super().__init__()
+        if arch not in ARCHS:
+            raise ValueError(f"ResNet: arch must be one of {', '.join(ARCHS)}, got {arch!r}")
+        if stem not in STEMS:
+            raise ValueError(f"ResNet: stem must be one of {', '.join(STEMS)}, got {stem!r}")
+        if width < 1:
+            raise ValueError(f"ResNet: width must be positive, got {width}")
+        bottleneck, depths = ARCHS[arch]
+        norm = partial(BatchNormAct, eps=bn_eps, momentum=bn_momentum)
+        self.conv1 = _conv(3, width, 7, 2) if stem == "imagenet" else _conv(3, width, 3)
+        self.bn1 = norm(width)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
+        inputs = width
+        for stage, depth in enumerate(depths):
+            planes = width << stage
+            blocks = []
+            for block in range(depth):
+                stride = 2 if stage > 0 and block == 0 else 1
+                blocks.append(_Block(inputs, planes, stride, bottleneck, norm))
+                inputs = planes * (4 if bottleneck else 1)
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+        self.num_features = inputs
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        convert_conv2d_weight_memory_format(self, torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.maxpool(self.bn1(self.conv1(x)))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+        return nn.functional.adaptive_avg_pool2d(x, 1).flatten(1)
+
+
+def build_encoder(model: ModelConfig) -> nn.Module:
+    """The encoder that a configuration asks for: a module [B, 3, H, W] -> [B, D] with ``num_features`` = D.
+
+    ``timm:NAME`` gives timm's model with fresh weights, pooled output and its own normalisation settings.
+
+    Raises:
+        FastrexError: timm is not installed, does not know NAME, or ``stem``/``width`` were changed for a timm model.
+        ValueError: unknown arch, stem or width.
+    """
+    if not model.arch.startswith("timm:"):
+        return ResNet(
+            model.arch, stem=model.stem, width=model.width, bn_momentum=model.bn_momentum, bn_eps=model.bn_eps
+        )
+    if model.stem != "imagenet" or model.width != 64:
+        raise FastrexError(
+            f"build_encoder: model.stem and model.width must keep their defaults for {model.arch}, "
+            f"got {model.stem!r} and {model.width}; they shape fastrex's own ResNets"
+        )
+    return timm_encoder(model.arch.removeprefix("timm:"))
+
+
+def timm_encoder(name: str) -> nn.Module:
+    """timm's model ``name`` with fresh weights and no classifier; ``num_features`` is the length of its output."""
+    try:
+        import timm
+    except ImportError as error:
+        raise FastrexError(f"model.arch timm:{name} needs timm ({error}): pip install timm") from error
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name[:6]}*")[:5]) or "see timm.list_models()"
+        raise FastrexError(
+            f"model.arch must be timm: and a name that timm {timm.__version__} knows ({near}), got {name!r}"
+        )
+    encoder: nn.Module = timm.create_model(name, pretrained=False, num_classes=0)
+    # Some of timm's models widen the pooled vector once more before their classifier.
+    encoder.num_features = getattr(encoder, "head_hidden_size", None) or encoder.num_features
+    convert_conv2d_weight_memory_format(encoder, torch.channels_last)
+    return encoder
+
+
+def infer_arch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Read ``dict(arch, stem, width)``, the arguments of :class:`ResNet`, from the keys and shapes of its state.
+
+    Keys that are not the encoder's (``fc.*``) do not matter.
+
+    Raises:
+        FastrexError: the state is not that of a plain ResNet-18, 34, 50 or 101.
+    """
+    conv1 = state_dict.get("conv1.weight")
+    if not isinstance(conv1, Tensor) or conv1.dim() != 4 or conv1.shape[1] != 3 or conv1.shape[2] not in (3, 7):
+        got = "none" if conv1 is None else str(list(getattr(conv1, "shape", ())))
+        raise FastrexError(
+            f"infer_arch: state_dict must hold a ResNet's conv1.weight [width, 3, 7 or 3, ...], got {got}"
+        )
+    bottleneck = "layer1.0.conv3.weight" in state_dict
+    blocks = {match.groups() for key in state_dict if (match := re.match(r"layer([1-4])\.(\d+)\.conv1\.weight$", key))}
+    depths = tuple(sum(stage == str(number) for stage, _ in blocks) for number in range(1, 5))
+    for arch, kind in ARCHS.items():
+        if kind == (bottleneck, depths):
+            stem = "imagenet" if conv1.shape[2] == 7 else "small"
+            return {"arch": arch, "stem": stem, "width": int(conv1.shape[0])}
+    block = "bottleneck" if bottleneck else "basic"
+    raise FastrexError(f"infer_arch: state_dict must be that of {', '.join(ARCHS)}, got {block} blocks {list(depths)}")

@@ -1,0 +1,53 @@
+"""Objectives: what is minimised, and the state that it keeps. One file each, behind one interface."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+from .. import config as config_module
+from ..config import Config
+from ..errors import FastrexError
+from .base import Objective
+from .class_means import ClassMeans
+from .cosine_softmax import CosineSoftmax
+
+OBJECTIVES: tuple[type[Objective], ...] = (CosineSoftmax, ClassMeans)
+
+__all__ = ["OBJECTIVES", "Objective", "lookup", "make", "option_help", "resolve"]
+
+
+def lookup(name: str) -> type[Objective]:
+    """The objective called ``name``; an unknown one is an error that names the nearest."""
+    table = {kind.name: kind for kind in OBJECTIVES}
+    if name not in table:
+        close = difflib.get_close_matches(name, list(table), n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise FastrexError(f"config: objective.name must be one of {', '.join(table)}, got {name!r}{hint}")
+    return table[name]
+
+
+def resolve(config: Config) -> Config:
+    """Fill in and check the objective's options, so that the written configuration names every one."""
+    options = options_of(config)
+    named = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+    part = dataclasses.replace(config.objective, options=named)
+    return dataclasses.replace(config, objective=part)
+
+
+def options_of(config: Config) -> Any:
+    """The objective's checked ``Options``."""
+    kind = lookup(config.objective.name)
+    return config_module.build(kind.Options, config.objective.options, config_module.OBJECTIVE)
+
+
+def option_help(config: Config) -> dict[str, str]:
+    """The line of help of each of the objective's options."""
+    return {f.name: f.metadata["help"] for f in dataclasses.fields(lookup(config.objective.name).Options)}
+
+
+def make(config: Config, in_features: int, num_classes: int) -> Objective:
+    """Build the objective that the configuration names, on the CPU, seeded by ``run.seed``."""
+    kind = lookup(config.objective.name)
+    return kind(in_features, num_classes, options_of(config), seed=config.run.seed)

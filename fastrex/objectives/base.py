@@ -1,0 +1,48 @@
+"""The interface that the training loop calls."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+
+class Objective(nn.Module, ABC):
+    """A loss over projected features, with all its state in parameters and buffers.
+
+    The loop calls :meth:`forward`, then :meth:`update_` with the momentum encoder's features of the same step, so that
+    a batch never meets its own entries in the bank.
+    """
+
+    name: ClassVar[str]
+    needs_ema: ClassVar[bool]
+    Options: ClassVar[type[Any]]
+
+    def __init__(self, in_features: int, num_classes: int, options: Any, *, seed: int) -> None:
+        super().__init__()
+        self.in_features, self.num_classes, self.options = in_features, num_classes, options
+
+    @abstractmethod
+    def forward(self, features: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Per-row loss [N] float32 and 0-d device tensors to log, from features [N, D] and class ids int64 [B]."""
+
+    def update_(self, ema_features: Tensor, target: Tensor, *, keep: Tensor | None = None) -> None:
+        """Take the momentum features [B, D] and ids [B] of the whole global batch; nothing changes where ``keep`` is
+        False."""
+
+    def predict(self, features: Tensor) -> Tensor | None:
+        """Class scores [B, C] of projected features [B, D], or None when the objective has no classifier."""
+        return None
+
+    def notices(self, class_counts: Any) -> list[str]:
+        """Lines for the log at the start, from the number of training images per class."""
+        return []
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, num_classes={self.num_classes}, options={self.options}"
+
+
+def hit_metrics(rank: Tensor) -> dict[str, Tensor]:
+    """Top-1 and top-5 shares from the ranks [N] of the targets."""
+    return {"top1": (rank == 0).float().mean(), "top5": ((rank >= 0) & (rank < 5)).float().mean()}

@@ -1,0 +1,81 @@
+"""Online Class Means: cosine softmax against prototypes from a memory bank (t-ReX, ICLR 2023, Eq. 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from fastrex_kernels import bank_update_, class_means, cosine_cross_entropy
+from torch import Tensor
+
+from ..config import setting
+from .base import Objective, hit_metrics
+
+
+@dataclass(frozen=True)
+class Options:
+    """Section ``[objective]`` with ``name = "class_means"``."""
+
+    temperature: float = setting(0.1, "temperature of the cosine logits", low=1e-4)
+    bank_size: int = setting(8192, "entries of the memory bank of momentum features", low=1)
+
+
+class ClassMeans(Objective):
+    """The class weights of Eq. 1 replaced by the normalised sums of a FIFO bank of un-normalised momentum features.
+
+    The bank starts with standard normal features and uniform labels, as the published method does; it is all real after
+    bank_size / batch_size steps. A class without an entry has the zero prototype, hence logit 0.
+    """
+
+    name: ClassVar[str] = "class_means"
+    needs_ema: ClassVar[bool] = True
+    Options: ClassVar[type[Any]] = Options
+    features: Tensor
+    labels: Tensor
+    pointer: Tensor
+
+    def __init__(self, in_features: int, num_classes: int, options: Options, *, seed: int) -> None:
+        super().__init__(in_features, num_classes, options, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("features", torch.randn(options.bank_size, in_features, generator=generator))
+        self.register_buffer("labels", torch.randint(num_classes, (options.bank_size,), generator=generator))
+        self.register_buffer("pointer", torch.zeros(1, dtype=torch.int64))
+
+    def forward(self, features: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        prototypes, counts = class_means(self.features, self.labels, self.num_classes)
+        loss, stats = cosine_cross_entropy(
+            features, prototypes, target, temperature=self.options.temperature, reduction="none", return_stats=True
+        )
+        return loss, {**hit_metrics(stats.rank), "empty_classes": (counts == 0).sum().float()}
+
+    @torch.no_grad()
+    def update_(self, ema_features: Tensor, target: Tensor, *, keep: Tensor | None = None) -> None:
+        bank_update_(self.features, self.labels, self.pointer, ema_features, target, keep=keep)
+
+    @torch.no_grad()
+    def predict(self, features: Tensor) -> Tensor:
+        prototypes, _ = class_means(self.features, self.labels, self.num_classes)
+        return F.normalize(features.to(prototypes.dtype), dim=1) @ prototypes.T
+
+    def notices(self, class_counts: Any) -> list[str]:
+        share = expected_empty_share(np.asarray(class_counts), self.options.bank_size)
+        line = (
+            f"bank of {self.options.bank_size} features for {self.num_classes} classes: "
+            f"{share:.1%} of the classes are expected to be empty at any time"
+        )
+        if share > 0.01:
+            # The share falls as exp(-M/C): ln(100) entries per class leave one in a hundred empty.
+            line += (
+                f"; an empty class is only a neutral competitor with logit 0. "
+                f"Set objective.bank_size={int(np.ceil(4.61 * self.num_classes))} or more, or objective.name=cosine_softmax"
+            )
+        return [line]
+
+
+def expected_empty_share(class_counts: np.ndarray[Any, Any], bank_size: int) -> float:
+    """Expected share of classes without an entry among ``bank_size`` draws with the classes' frequencies."""
+    frequency = class_counts / max(class_counts.sum(), 1)
+    return float(np.mean((1 - frequency) ** bank_size))

@@ -1,0 +1,146 @@
+"""The optimiser step: parameter lists for the fused op, loss scaling, and the guard against numbers gone bad.
+
+Everything that a step decides stays on the device; the loop reads it on logging steps only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from fastrex_kernels import sgd_ema_
+from torch import Tensor, nn
+
+from .config import OptimConfig
+from .errors import FastrexError
+
+GROWTH_INTERVAL = 2000  # steps without overflow before the scale doubles, as torch.amp.GradScaler
+MAX_SKIPPED = 20  # overflows in a row before the run stops
+
+
+class Optimizer:
+    """SGD with momentum over named parameters, and the EMA copies that follow them.
+
+    Weight decay goes to parameters with two or more dimensions: biases and BatchNorm's affine have one.
+
+    Args:
+        parameters: name -> parameter. ema: name -> EMA copy, for the parameters that have one.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        ema: Mapping[str, Tensor],
+        config: OptimConfig,
+        ema_momentum: float,
+    ) -> None:
+        self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
+        self.ema = ema
+        self.momentum, self.ema_momentum = config.momentum, ema_momentum
+        self.decay = {name: config.weight_decay if p.ndim > 1 else 0.0 for name, p in self.parameters.items()}
+        self.buffers = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters.items()}
+        device = next(iter(self.parameters.values())).device
+        self.lr = torch.zeros((), device=device)
+
+    def zero_grad(self) -> None:
+        for p in self.parameters.values():
+            p.grad = None
+
+    def grad_norm(self, inv_scale: Tensor | None = None) -> Tensor:
+        """Euclidean norm of all (unscaled) gradients, 0-d; not finite when any gradient is not."""
+        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        return norm if inv_scale is None else norm * inv_scale
+
+    def step(self, lr: float, skip: Tensor, inv_scale: Tensor | None) -> None:
+        """Update every parameter that has a gradient; leave everything where ``skip`` (0-d bool) is True."""
+        self.lr.fill_(lr)
+        names = [name for name, p in self.parameters.items() if p.grad is not None]
+        sgd_ema_(
+            [self.parameters[n] for n in names],
+            [self.parameters[n].grad for n in names],  # type: ignore[misc]
+            [self.buffers[n] for n in names],
+            [self.ema.get(n) for n in names],
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=[self.decay[n] for n in names],
+            ema_momentum=self.ema_momentum,
+            inv_scale=inv_scale,
+            skip=skip,
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"momentum.{name}": buffer for name, buffer in self.buffers.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        load_tensors(self.state(), state, "optimizer")
+
+
+class Guard(nn.Module):
+    """Loss scale and the record of bad numbers, all of it 0-d device tensors.
+
+    A loss or feature that is not finite (or, without fp16, a gradient) marks the run as diverged at that step: from
+    then on nothing changes any more, until the loop reads the mark and stops. With fp16 a gradient that overflows skips
+    the step and halves the scale.
+    """
+
+    scale: Tensor
+    growth: Tensor
+    skipped: Tensor
+    diverged: Tensor
+
+    def __init__(self, fp16: bool) -> None:
+        super().__init__()
+        self.fp16 = fp16
+        self.register_buffer("scale", torch.tensor(65536.0 if fp16 else 1.0))
+        self.register_buffer("growth", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("diverged", torch.full((), -1, dtype=torch.int64))
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        return loss * self.scale if self.fp16 else loss
+
+    @property
+    def inv_scale(self) -> Tensor | None:
+        return 1 / self.scale if self.fp16 else None
+
+    def report(self) -> dict[str, float]:
+        """What the log should know of the scale; a host sync."""
+        return (
+            {"train/loss_scale": float(self.scale), "train/skipped_in_a_row": float(self.skipped)} if self.fp16 else {}
+        )
+
+    @torch.no_grad()
+    def judge(self, step: int, values_ok: Tensor, grads_ok: Tensor) -> tuple[Tensor, Tensor]:
+        """Decide this step from two 0-d bools that agree on all ranks; return (skip the update, keep the bank's
+        features)."""
+        overflow = (values_ok & ~grads_ok) if self.fp16 else torch.zeros_like(grads_ok)
+        bad = ~values_ok if self.fp16 else ~(values_ok & grads_ok)
+        self.diverged.copy_(torch.where((self.diverged < 0) & bad, step, self.diverged))
+        keep = self.diverged < 0
+        skip = overflow | ~keep
+        if self.fp16:
+            self.skipped.copy_(torch.where(overflow, self.skipped + 1, 0))
+            self.growth.copy_(torch.where(overflow, 0, self.growth + 1))
+            grow = self.growth >= GROWTH_INTERVAL
+            factor = torch.where(overflow, 0.5, torch.where(grow, 2.0, 1.0))
+            self.scale.copy_(torch.where(keep, self.scale * factor, self.scale))
+            self.growth.copy_(torch.where(grow, 0, self.growth))
+        return skip, keep
+
+
+def load_tensors(target: Mapping[str, Tensor], source: Mapping[str, Tensor], what: str) -> None:
+    """Copy every tensor in place; a missing, surplus or differently shaped one is refused by name."""
+    missing, surplus = sorted(target.keys() - source.keys()), sorted(source.keys() - target.keys())
+    if missing or surplus:
+        name, fact = (missing[0], "lacks") if missing else (surplus[0], "has an unknown")
+        raise FastrexError(f"resume: checkpoint {fact} {what} tensor {name!r}; it belongs to another configuration")
+    for name, tensor in target.items():
+        if tensor.shape != source[name].shape:
+            raise FastrexError(
+                f"resume: {what} tensor {name!r} must be {tuple(tensor.shape)}, got {tuple(source[name].shape)}; "
+                "the checkpoint belongs to another configuration"
+            )
+    with torch.no_grad():
+        for name, tensor in target.items():
+            tensor.copy_(source[name])

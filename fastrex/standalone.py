@@ -1,0 +1,70 @@
+"""What the command line does outside a training: evaluate a source, show a batch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint, distributed, export, objectives, rundir
+from . import config as config_module
+from .config import Config
+from .data.dataset import open_dataset, open_index
+from .data.index import Index
+from .distributed import World
+from .errors import FastrexError
+from .evaluate import evaluate
+from .step import Trainer
+
+
+def evaluate_source(source: str | Path, settings: Sequence[str], device: str = "auto") -> dict[str, Any]:
+    """Held-out accuracies of ``source``; see ``fastrex eval``.
+
+    Raises:
+        FastrexError: no data, nothing held out, or an unreadable source.
+    """
+    path = Path(source)
+    with distributed.world(device) as world:
+        if (path / rundir.CONFIG).is_file() and checkpoint.steps(path):
+            config = config_module.from_toml((path / rundir.CONFIG).read_text(encoding="utf-8"), str(path))
+            config = objectives.resolve(config_module.override(config, settings))
+            index = _held_out(config, world)
+            found = checkpoint.newest_good(path)
+            if found is None:
+                raise FastrexError(f"eval: {path} must hold a good checkpoint, all are damaged")
+            folder, step = found
+            parts, state = checkpoint.load(folder)
+            if tuple(state["classes"]) == index.classes:
+                trainer = Trainer(config, len(index.classes), world)
+                trainer.load(parts)
+                return {"source": str(folder), "step": step, **trainer.evaluate(index)}
+            path = folder
+        else:
+            facts = export.load_source(path)
+            config = config_module.override(Config(recipe="eval"), [*facts.settings(), *settings])
+            index = _held_out(config, world)
+        encoder = export.load_encoder(path).to(world.device)
+        return {"source": str(path), **evaluate(encoder, index, config, world, contextlib.nullcontext)}
+
+
+def _held_out(config: Config, world: World) -> Index:
+    index = open_index(config, world)
+    if not len(index.rows("val", config.data.held_out)):
+        raise FastrexError(
+            f"eval: {config.data.path} must have held-out images, got none; add a val/ folder or set data.held_out=0.1"
+        )
+    return index
+
+
+def show_batch(config: Config, epoch: int, step: int, rows: int, out: Path) -> None:
+    """Write the contact sheet of one batch of a configuration."""
+    from .data.show import contact_sheet
+
+    with distributed.world("cpu") as world:
+        data = open_dataset(objectives.resolve(config), world)
+    if data.index is None or data.plan is None:
+        raise FastrexError("data show: synthetic data has nothing to show; pass --data FOLDER")
+    if step >= data.steps_per_epoch:
+        raise FastrexError(f"data show: --step must be below the {data.steps_per_epoch} steps of an epoch, got {step}")
+    contact_sheet(data.index, data.plan, config.data, epoch=epoch, step=step, rows=rows, out=out)

@@ -1,0 +1,348 @@
+"""From a configuration to an exported encoder: set-up, the loop, checkpoints, evaluation. To be read from top to
+bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from . import checkpoint, distributed, export, objectives, rundir, schedule
+from . import config as config_module
+from .config import Config
+from .data.dataset import Dataset, open_dataset
+from .data.loader import Batch
+from .distributed import World
+from .errors import DivergedError, FastrexError
+from .metrics import Log, Meter, progress
+from .optim import MAX_SKIPPED, load_tensors
+from .step import Trainer
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended. ``state``: completed or preempted; ``metrics``: the last evaluation; ``encoder``: the export
+    folder."""
+
+    out: Path
+    state: str
+    step: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    encoder: Path | None = None
+
+
+def train(
+    config: Config | None = None,
+    *,
+    out: Path | str | None = None,
+    resume: str = "never",
+    init_from: Path | str | None = None,
+    max_steps: int | None = None,
+    device: str = "auto",
+) -> Result:
+    """Train from a configuration to an exported encoder; the same as the command ``fastrex train``.
+
+    Args:
+        config: from :func:`fastrex.load_config`; None continues what ``out`` holds (with ``resume``).
+        out: run directory; default ``runs/<recipe>-<UTC time>``.
+        resume: never, auto (if there is a run in ``out``) or must.
+        init_from: encoder weights to start a new run from: a run, a safetensors file or an official ``.pth``.
+        max_steps: stop after this many steps; the schedule keeps its length.
+        device: auto, cpu or cuda.
+
+    Raises:
+        FastrexError: one line that names what is wrong and the way out.
+        DivergedError: the loss, a feature or a gradient is not finite; the last good checkpoint stays.
+    """
+    if max_steps is not None and max_steps < 1:
+        raise FastrexError(f"train: --max-steps must be at least 1, got {max_steps}")
+    if config is not None:
+        config = objectives.resolve(config)
+    with distributed.world(device) as world:
+        path = Path(out) if out is not None else rundir.default_out(config, world)
+        config, resuming = rundir.prepare(path, config, resume)
+        if resuming and init_from is not None:
+            raise FastrexError("train: --init-from must start a new run; it cannot be combined with resuming one")
+        data = open_dataset(config, world)
+        run = rundir.RunDir(path, world)
+        facts = {"world_size": world.size, "device": str(world.device), "classes": len(data.classes)}
+        run.open(config, resumed=resuming, facts=facts)
+        try:
+            return _train(config, data, run, world, resuming, init_from, max_steps)
+        except DivergedError as error:
+            run.status("diverged", error=str(error))
+            raise
+        except BaseException as error:
+            run.status("failed", error=f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            run.close()
+
+
+def _train(
+    config: Config,
+    data: Dataset,
+    run: rundir.RunDir,
+    world: World,
+    resuming: bool,
+    init_from: Path | str | None,
+    max_steps: int | None,
+) -> Result:
+    trainer = Trainer(config, len(data.classes), world)
+    start, notices = _restore(trainer, data, run.path) if resuming else (0, [])
+    if init_from is not None:
+        notices.append(_init_from(trainer, init_from))
+    plan = schedule.from_config(config.optim, data.steps_per_epoch)
+    stop = plan.total if max_steps is None else min(max_steps, plan.total)
+    log = Log(run.path, config, world, start if resuming else None)
+    try:
+        notices += [*data.notices, *trainer.objective.notices(data.class_counts)]
+        for line in [*_opening(trainer, data, run.path, start, stop, plan.total), *notices]:
+            log.line(line)
+        step, state, metrics = _loop(trainer, data, plan, run, log, start, stop)
+        if state == "preempted":
+            run.status(state, step=step)
+            log.line(f"preempted at step {step}; continue with: fastrex train --out {run.path} --resume must")
+            return Result(run.path, state, step, metrics)
+        encoder = run.path / "export"
+        if world.main:
+            export.export(checkpoint.folder(run.path, step), encoder, "hf", facts=metrics, overwrite=True)
+        distributed.barrier(world)
+        run.status(state, step=step, metrics=metrics, encoder=str(encoder))
+        for line in _closing(metrics, encoder):
+            log.line(line)
+        return Result(run.path, state, step, metrics, encoder)
+    finally:
+        log.close()
+
+
+def _loop(
+    trainer: Trainer, data: Dataset, plan: schedule.Schedule, run: rundir.RunDir, log: Log, start: int, stop: int
+) -> tuple[int, str, dict[str, float]]:
+    """Run steps ``start`` to ``stop``; return (steps done, completed or preempted, last evaluation)."""
+    config, world, per_epoch = trainer.config, trainer.world, data.steps_per_epoch
+    meter = Meter()
+    step, state, results = start, "completed", {}
+    saved, evaluated = (start, -1) if start else (-1, -1)
+    with stop_signals() as asked, data.batches(start, stop, world) as loader:
+        micros: list[Batch] = []
+        mark = Mark(start)
+        for batch in loader:
+            micros.append(batch)
+            if not batch.last_micro:
+                continue
+            # The method itself draws nothing from torch's generators; a foreign encoder with dropout does.
+            torch.manual_seed((config.run.seed * 1_000_003 + step) * 4099 + world.rank & (2**63 - 1))
+            lr = plan.lr(step)
+            meter.add(trainer.step(step, micros, lr))
+            micros, step = [], step + 1
+
+            epochs_done = step // per_epoch if step % per_epoch == 0 else 0
+            last = step == stop
+            save = (
+                last or _due(config.checkpoint.every_epochs, epochs_done) or _due(config.checkpoint.every_steps, step)
+            )
+            look = bool(data.held_out) and (last or _due(config.eval.every_epochs, epochs_done))
+            if not (save or look or step % config.run.log_every == 0 or (asked and world.size == 1)):
+                continue
+            # Everything below reads device values: the only host syncs of the loop.
+            values = {**meter.read(world), **mark.rates(step, loader.wait_s, config.optim.batch_size)}
+            record = {**values, "train/lr": lr, "train/epoch": step / per_epoch, **trainer.guard.report()}
+            log.record(step, record)
+            log.line(progress(step, stop, (step - 1) // per_epoch, record, (stop - step) * mark.seconds_per_step))
+            _check_numbers(trainer, run.path)
+            leave = distributed.any_true(bool(asked), world)
+            if save or leave:
+                save_checkpoint(trainer, data, run.path, step)
+                saved = step
+                run.status("running", step=step)
+            if look:
+                results, evaluated = _evaluate(trainer, data, log, step), step
+            if leave and not last:
+                state = "preempted"
+                break
+            mark = Mark(step, loader.wait_s)
+    if saved != step:
+        save_checkpoint(trainer, data, run.path, step)
+    if state == "completed" and evaluated != step and data.held_out:
+        results = _evaluate(trainer, data, log, step)
+    return step, state, results
+
+
+def _due(every: int, count: int) -> bool:
+    return every > 0 and count > 0 and count % every == 0
+
+
+def _evaluate(trainer: Trainer, data: Dataset, log: Log, step: int) -> dict[str, float]:
+    assert data.index is not None
+    results = trainer.evaluate(data.index)
+    log.record(step, results)
+    log.line(f"step {step} evaluation | {accuracies(results)}")
+    return results
+
+
+def _check_numbers(trainer: Trainer, run: Path) -> None:
+    """Stop on the device's marks; they are equal on all ranks, so all ranks stop together."""
+    kept = checkpoint.steps(run)
+    way_out = f"the last good checkpoint is step {kept[-1]}" if kept else "no checkpoint was written yet"
+    diverged, skipped = int(trainer.guard.diverged), int(trainer.guard.skipped)
+    if diverged >= 0:
+        raise DivergedError(
+            f"train: loss, features and gradients must be finite, got NaN or inf at step {diverged}; {way_out}; "
+            "lower optim.lr, lengthen optim.warmup_epochs or use --precision fp32"
+        )
+    if skipped >= MAX_SKIPPED:
+        raise DivergedError(
+            f"train: fp16 gradients must be finite, got {skipped} overflows in a row; {way_out}; use --precision bf16 or fp32"
+        )
+
+
+def save_checkpoint(trainer: Trainer, data: Dataset, run: Path, step: int) -> None:
+    """Rank 0 writes; the others wait, so that nobody runs ahead of a checkpoint that failed."""
+    if trainer.world.main:
+        config = trainer.config
+        state = {
+            "epoch": step / data.steps_per_epoch,
+            "seed": config.run.seed,
+            "schedule": dataclasses.asdict(schedule.from_config(config.optim, data.steps_per_epoch)),
+            "precision": trainer.precision,
+            "world_size": trainer.world.size,
+            "data": data.fingerprint,
+            "classes": list(data.classes),
+            "fastrex": rundir.version(),
+            "torch": torch.__version__,
+            "config": config_module.to_toml(config),
+        }
+        checkpoint.save(run, step, trainer.parts(), state, config.checkpoint.keep)
+    distributed.barrier(trainer.world)
+
+
+def _restore(trainer: Trainer, data: Dataset, run: Path) -> tuple[int, list[str]]:
+    """Load the newest good checkpoint on every rank; a run that was killed before its first one starts from step 0."""
+    world, lines = trainer.world, list[str]()
+    newest = checkpoint.newest_good(run, lines.append) if world.main else None
+    step = distributed.from_main(newest[1] if newest else -1, world)
+    if step < 0:
+        if checkpoint.had_any(run):
+            raise FastrexError(
+                f"resume: {run / 'checkpoints'} must hold a good checkpoint, all are damaged; start a new --out"
+            )
+        return 0, ["no checkpoint yet: starting from step 0"]
+    parts, state = checkpoint.load(checkpoint.folder(run, step))
+    if state["data"] != data.fingerprint:
+        raise FastrexError(
+            f"resume: the images must be those of the run, but {data.config.data.path or 'the data set'} has changed since; "
+            f"start a new run with --init-from {run}"
+        )
+    if state["precision"] != trainer.precision:
+        raise FastrexError(
+            f"resume: --precision must be {state['precision']} as in the run, this machine's choice is {trainer.precision}; "
+            f"set --precision {state['precision']}"
+        )
+    trainer.load(parts)
+    if state["world_size"] != world.size:
+        lines.append(f"resuming a run of {state['world_size']} ranks with {world.size}: same batches, other rounding")
+    return step, [*lines, f"resumed from {checkpoint.folder(run, step).name}"]
+
+
+def _init_from(trainer: Trainer, source: Path | str) -> str:
+    """Start the encoder (and its momentum copy) from other weights; projector and bank start fresh."""
+    loaded = export.load_source(source)
+    encoder = trainer.model.encoder
+    own = {n: t for n, t in encoder.state_dict().items() if not n.endswith("num_batches_tracked")}
+    given = {n: t for n, t in loaded.state.items() if not n.endswith("num_batches_tracked")}
+    try:
+        load_tensors(own, given, "encoder")
+    except FastrexError as error:
+        raise FastrexError(
+            f"train: --init-from must hold a {trainer.config.model.arch} (stem {trainer.config.model.stem}, "
+            f"width {trainer.config.model.width}): {error}"
+        ) from None
+    if trainer.ema is not None:
+        trainer.ema.encoder.load_state_dict(encoder.state_dict())
+    return f"encoder starts from {source}"
+
+
+class Mark:
+    """A point in the run that rates are measured from."""
+
+    def __init__(self, step: int, wait_s: float = 0.0) -> None:
+        self.step, self.wait_s, self.time = step, wait_s, time.perf_counter()
+        self.seconds_per_step = 0.0
+
+    def rates(self, step: int, wait_s: float, images: int) -> dict[str, float]:
+        """Images per second and the share of time spent waiting for data since the mark."""
+        elapsed = time.perf_counter() - self.time
+        self.seconds_per_step = elapsed / (step - self.step)
+        return {"perf/images_per_s": images / self.seconds_per_step, "perf/data_wait": (wait_s - self.wait_s) / elapsed}
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect requests to stop; the loop leaves at the end of a step with a checkpoint. A second SIGINT interrupts at
+    once."""
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and signal.SIGINT in seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def accuracies(results: dict[str, float]) -> str:
+    """Evaluation results as words."""
+    names = {"eval/top1": "top-1", "eval/knn": "k-NN"}
+    shown = [f"{word} {results[name]:.2%}" for name, word in names.items() if name in results]
+    return ", ".join(shown) + f" of {results['eval/images']:.0f} held-out images"
+
+
+def _opening(trainer: Trainer, data: Dataset, run: Path, start: int, stop: int, total: int) -> list[str]:
+    config, world = trainer.config, trainer.world
+    weights = sum(p.numel() for p in trainer.model.encoder.parameters())
+    crops = " + ".join(f"{n}x{s}" for n, s in _crops(config) if n)
+    lines = [
+        f"run {run} | recipe {config.recipe} | {world.device.type} x {world.size} | precision {trainer.precision}",
+        f"data {data.config.data.path or 'digits'} | {int(data.class_counts.sum())} images, {len(data.classes)} classes, "
+        f"{data.held_out} held out | crops {crops} | batch {config.optim.batch_size}",
+        f"model {config.model.arch} {weights / 1e6:.2f}M | projector {config.projector.hidden_layers} hidden layers | "
+        f"objective {config.objective.name} | steps {start} to {stop} of {total}",
+    ]
+    if config.optim.accumulate > 1:
+        lines.append(
+            f"optim.accumulate={config.optim.accumulate}: BatchNorm works per micro-batch of "
+            f"{config.optim.batch_size // config.optim.accumulate} images; bank, EMA and weights move once per step"
+        )
+    return lines
+
+
+def _crops(config: Config) -> tuple[tuple[int, int], tuple[int, int]]:
+    data = config.data
+    return (data.global_crops, data.global_size), (data.local_crops, data.local_size)
+
+
+def _closing(metrics: dict[str, float], encoder: Path) -> list[str]:
+    return [
+        f"accuracy: {accuracies(metrics)}" if metrics else "accuracy: not evaluated (nothing held out)",
+        f"encoder:  {encoder / 'model.safetensors'}",
+        f"load it:  fastrex.load_encoder({str(encoder)!r})",
+    ]

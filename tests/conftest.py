@@ -1,0 +1,77 @@
+"""Small image folders that the tests write, and the real ones that FASTREX_TEST_DATA points to."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = [
+    "data.global_size=32",
+    "data.local_crops=2",
+    "data.local_size=16",
+    "data.local_scale=[0.2,0.5]",
+    "data.eval_resize=32",
+    "data.eval_size=32",
+    "model.arch=resnet18",
+    "model.stem=small",
+    "model.width=4",
+    "projector.hidden_layers=1",
+    "projector.hidden_dim=32",
+    "projector.out_dim=16",
+    "objective.bank_size=64",
+    "optim.batch_size=16",
+    "optim.epochs=4",
+    "optim.warmup_epochs=1",
+    "optim.precision=fp32",
+    "eval.batch_size=32",
+    "run.log_every=1",
+]
+
+
+def settings_for(objective: str) -> list[str]:
+    """SETTINGS for an objective, without the options of the others."""
+    bank = () if objective == "class_means" else ("objective.bank_size",)
+    return [f"objective.name={objective}", *(s for s in SETTINGS if not s.startswith(bank))] if bank else list(SETTINGS)
+
+
+@pytest.fixture(scope="session")
+def stripes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four classes of striped images (direction x colour), 16 for training and 4 held out of each, as JPEG folders."""
+    root = tmp_path_factory.mktemp("stripes")
+    write_stripes(root / "train", 16, seed=0)
+    write_stripes(root / "val", 4, seed=1)
+    return root
+
+
+def write_stripes(folder: Path, count: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    for label in range(4):
+        target = folder / f"class-{label}"
+        target.mkdir(parents=True)
+        for number in range(count):
+            height, width = random.integers(40, 64, 2)
+            wave = 127 + 120 * np.sin(np.arange(64) * random.uniform(0.5, 0.7) + random.uniform(0, 6))
+            plane = np.broadcast_to(wave[:height, None] if label % 2 else wave[:width], (height, width))
+            image = np.zeros((height, width, 3), np.uint8)
+            image[..., 0 if label < 2 else 2] = plane
+            Image.fromarray(image).save(target / f"{number:02d}.jpg", quality=90)
+
+
+@pytest.fixture(scope="session")
+def imagenet_sample() -> Path:
+    """Real ImageNet files, one per class."""
+    folder = os.environ.get("FASTREX_TEST_DATA")
+    if not folder or not (Path(folder) / "imagenet-sample").is_dir():
+        pytest.skip("FASTREX_TEST_DATA does not point to a folder with imagenet-sample")
+    return Path(folder) / "imagenet-sample"
+
+
+def environment() -> dict[str, str]:
+    """For processes that tests start: the checkout on the path, one thread, nothing of an outer torchrun."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC_", "MASTER_")) and k != "RANK"}
+    return {**kept, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}

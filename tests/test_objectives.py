@@ -1,0 +1,125 @@
+"""The objectives behind their interface, with small numbers."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fastrex import config as c
+from fastrex import objectives
+from fastrex.objectives.class_means import expected_empty_share
+
+
+def make(name: str, classes: int = 3, dim: int = 4, **options: object) -> objectives.Objective:
+    table = {"objective": {"name": name, **options}}
+    return objectives.make(objectives.resolve(c.from_table(table)), dim, classes)
+
+
+def clustered(rows: int, classes: int = 3, dim: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    y = torch.arange(rows) % classes
+    return torch.eye(dim)[y] * 3 + 0.1 * torch.randn(rows, dim, generator=g), y
+
+
+@pytest.mark.parametrize("kind", objectives.OBJECTIVES, ids=lambda k: k.name)
+class TestContract:
+    def test_gradient_reaches_the_features(self, kind: type[objectives.Objective]) -> None:
+        objective = make(kind.name)
+        x, y = clustered(6)
+        x.requires_grad_()
+        loss, metrics = objective(torch.cat([x, x]), y)
+        assert loss.shape == (12,)
+        assert loss.dtype == torch.float32
+        loss.mean().backward()
+        assert x.grad is not None
+        assert x.grad.abs().sum() > 0
+        assert all(value.ndim == 0 for value in metrics.values())
+        assert {"top1", "top5"} <= metrics.keys()
+
+    def test_state_round_trips(self, kind: type[objectives.Objective]) -> None:
+        a, b = make(kind.name), make(kind.name)
+        x, y = clustered(6)
+        a.update_(x, y)
+        b.load_state_dict(a.state_dict())
+        torch.testing.assert_close(a(x, y)[0], b(x, y)[0], rtol=0, atol=0)
+
+    def test_a_copy_shares_nothing(self, kind: type[objectives.Objective]) -> None:
+        a = make(kind.name)
+        b = copy.deepcopy(a)
+        x, y = clustered(6)
+        before = {n: t.clone() for n, t in b.state_dict().items()}
+        a.update_(x, y)
+        assert all(torch.equal(t, before[n]) for n, t in b.state_dict().items())
+
+    def test_same_seed_same_start(self, kind: type[objectives.Objective]) -> None:
+        a, b = make(kind.name).state_dict(), make(kind.name).state_dict()
+        assert all(torch.equal(a[n], b[n]) for n in a)
+
+    def test_toy_loss_falls(self, kind: type[objectives.Objective]) -> None:
+        objective = make(kind.name)
+        x, y = clustered(30)
+        net = torch.nn.Linear(4, 4)
+        params = [*net.parameters(), *objective.parameters()]
+        first = last = math.nan
+        for step in range(60):
+            loss = objective(net(x), y)[0].mean()
+            objective.update_(net(x).detach(), y)
+            for p in params:
+                p.grad = None
+            loss.backward()
+            with torch.no_grad():
+                for p in params:
+                    p -= 0.5 * p.grad
+            first, last = (loss.item() if step == 0 else first), loss.item()
+        assert last < 0.2 * first
+
+    def test_prediction_agrees_with_the_loss(self, kind: type[objectives.Objective]) -> None:
+        objective = make(kind.name)
+        x, y = clustered(30)
+        objective.update_(x, y)
+        scores = objective.predict(x)
+        assert scores is not None
+        top1 = (scores.argmax(1) == y).float().mean()
+        assert top1.item() == pytest.approx(objective(x, y)[1]["top1"].item())
+
+
+def test_the_batch_never_meets_its_own_entries() -> None:
+    objective = make("class_means", bank_size=6)
+    x, y = clustered(6)
+    before = objective(x, y)[0]
+    objective.update_(x, y)
+    after = objective(x, y)[0]
+    assert before.mean() > 2 * after.mean()
+
+
+def test_worked_example_of_equation_2() -> None:
+    objective = make("class_means", classes=2, dim=2, bank_size=2, temperature=0.5)
+    objective.update_(torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.tensor([0, 1]))
+    # Prototypes (1, 0) and (0, 1); feature (0.6, 0.8): logits 1.2 and 1.6.
+    loss, _ = objective(torch.tensor([[3.0, 4.0]]), torch.tensor([0]))
+    assert loss.item() == pytest.approx(math.log1p(math.exp(0.4)), rel=1e-6)
+
+
+def test_empty_classes_are_counted() -> None:
+    objective = make("class_means", classes=5, bank_size=4)
+    objective.update_(torch.randn(4, 4), torch.tensor([0, 0, 1, 3]))
+    _, metrics = objective(torch.randn(2, 4), torch.tensor([0, 2]))
+    assert metrics["empty_classes"].item() == 2
+
+
+def test_expected_empty_share() -> None:
+    # features.md finding 12: exp(-M/C) in the balanced case.
+    for classes, share in ((1000, 0.00028), (8142, 0.366), (21841, 0.687)):
+        assert expected_empty_share(np.full(classes, 10), 8192) == pytest.approx(share, rel=0.02)
+
+
+def test_a_bank_too_small_says_what_to_set() -> None:
+    (line,) = make("class_means", classes=1000, dim=8, bank_size=100).notices(np.full(1000, 13))
+    assert "90.5% of the classes" in line
+    assert "objective.bank_size=4610" in line
+    (line,) = make("class_means", classes=10, dim=8).notices(np.full(10, 13))
+    assert "Set" not in line

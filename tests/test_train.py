@@ -1,0 +1,272 @@
+"""Real trainings on real JPEG files: completion, exact resume, stop signals, numbers gone bad, bad input."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SETTINGS, environment, settings_for, write_stripes
+
+import fastrex
+from fastrex import checkpoint, rundir, trainer
+from fastrex import config as c
+from fastrex.errors import DivergedError, FastrexError
+
+
+def configuration(data: Path, *more: str) -> c.Config:
+    return c.load("demo", [*SETTINGS, f"data.path={json.dumps(str(data))}", *more])
+
+
+def records(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def final_hash(run: Path) -> str:
+    return checkpoint.state_hash(checkpoint.load(checkpoint.folder(run, checkpoint.steps(run)[-1]))[0])
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "fastrex", *map(str, arguments)]
+
+
+def fastrex_run(*arguments: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def quiet_run(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of 16 steps, by the command line."""
+    out = tmp_path_factory.mktemp("quiet") / "run"
+    result = fastrex_run("train", "demo", *SETTINGS, "--data", stripes, "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return out
+
+
+def test_a_run_leaves_everything_behind(quiet_run: Path, stripes: Path) -> None:
+    assert {p.name for p in quiet_run.iterdir()} >= {
+        "config.toml", "env.json", "status.json", "metrics.jsonl", "train.log", "checkpoints", "export",
+    }  # fmt: skip
+    status = rundir.read_status(quiet_run)
+    assert (status["state"], status["step"], status["checkpoint"]) == ("completed", 16, 16)
+    train = [r for r in records(quiet_run) if "train/loss" in r]
+    assert [r["step"] for r in train] == list(range(1, 17))
+    assert {"train/lr", "train/top1", "perf/images_per_s", "perf/data_wait", "bank/empty_classes"} <= train[0].keys()
+    last = (quiet_run / "train.log").read_text(encoding="utf-8").splitlines()[-3:]
+    assert "accuracy: top-1" in last[0]
+    assert last[1].endswith("export/model.safetensors")
+    assert "fastrex.load_encoder(" in last[2]
+    encoder = fastrex.load_encoder(quiet_run)
+    assert encoder(torch.zeros(1, 3, 32, 32)).shape == (1, encoder.num_features)
+    stored = c.from_toml((quiet_run / "config.toml").read_text(encoding="utf-8"))
+    assert stored.data.path == str(stripes.resolve())
+
+
+def test_it_learns(stripes: Path, tmp_path: Path) -> None:
+    # Four easy classes: chance is 25 %.
+    config = configuration(stripes, "optim.epochs=15", "optim.lr=1.0", "model.width=8", "model.ema_momentum=0.9")
+    result = fastrex.train(config, out=tmp_path / "run", device="cpu")
+    assert result.state == "completed"
+    assert result.metrics["eval/top1"] >= 0.75
+    assert result.metrics["eval/knn"] >= 0.75
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(
+    quiet_run: Path, stripes: Path, tmp_path: Path
+) -> None:
+    again, other = tmp_path / "again", tmp_path / "other"
+    fastrex_run("train", "demo", *SETTINGS, "--data", stripes, "--out", again)
+    fastrex_run("train", "demo", *SETTINGS, "--data", stripes, "--out", other, "run.seed=1")
+    assert final_hash(again) == final_hash(quiet_run)
+    assert final_hash(other) != final_hash(quiet_run)
+
+
+def wait_for_step(run: Path, process: subprocess.Popen[str], step: int) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and any(r["step"] >= step for r in _complete_records(run)):
+            return
+        assert process.poll() is None, "the run ended too early"
+        time.sleep(0.02)
+    raise AssertionError("the run made no progress")
+
+
+def _complete_records(run: Path) -> list[dict[str, float]]:
+    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+@pytest.mark.parametrize("kill_at", [1, 5, 14])
+def test_kill_and_resume_gives_the_same_bits(quiet_run: Path, stripes: Path, tmp_path: Path, kill_at: int) -> None:
+    # checkpoint.every_steps is not part of the numbers; the quiet run saves at the ends of its epochs only.
+    out = tmp_path / "run"
+    arguments = ("train", "demo", *SETTINGS, "--data", stripes, "--out", out, "checkpoint.every_steps=3")
+    process = subprocess.Popen(command(*arguments), env=environment(), stdout=subprocess.DEVNULL, text=True)
+    wait_for_step(out, process, kill_at)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert rundir.read_status(out)["state"] == "killed"
+    resumed = fastrex_run("train", "--out", out, "--resume", "must")
+    assert resumed.returncode == 0, resumed.stderr
+    assert final_hash(out) == final_hash(quiet_run)
+    steps = [r["step"] for r in records(out) if "train/loss" in r]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 16
+
+
+def test_a_stop_signal_saves_and_the_run_continues_exactly(quiet_run: Path, stripes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = ("train", "demo", *SETTINGS, "--data", stripes, "--out", out)
+    process = subprocess.Popen(command(*arguments), env=environment(), stdout=subprocess.DEVNULL, text=True)
+    wait_for_step(out, process, 2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == rundir.EXIT_CODES["preempted"] == 75
+    status = rundir.read_status(out)
+    assert status["state"] == "preempted"
+    assert status["checkpoint"] == status["step"] < 16
+    assert "--resume must" in fastrex_run("status", out).stdout
+    fastrex_run("train", "--out", out, "--resume", "auto")
+    assert final_hash(out) == final_hash(quiet_run)
+
+
+def test_max_steps_stops_early_and_never_rescales(quiet_run: Path, stripes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    config = configuration(stripes)
+    assert trainer.train(config, out=out, max_steps=5, device="cpu").step == 5
+    assert rundir.read_status(out)["state"] == "completed"
+    quiet = {r["step"]: r for r in records(quiet_run) if "train/lr" in r}
+    for record in records(out):
+        if "train/lr" in record:
+            assert record["train/lr"] == quiet[record["step"]]["train/lr"]
+    # A run that was stopped early goes on to its end.
+    assert trainer.train(None, out=out, resume="must", device="cpu").step == 16
+
+
+def test_a_corrupt_newest_checkpoint_is_skipped(quiet_run: Path, stripes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = ("train", "demo", *SETTINGS, "--data", stripes, "--out", out)
+    first = fastrex_run(*arguments, "--max-steps", "8")
+    assert first.returncode == 0, first.stderr
+    broken = checkpoint.folder(out, 8) / "model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-4])
+    resumed = fastrex_run("train", "--out", out, "--resume", "must")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "set aside as bad.step-00000008" in resumed.stdout
+    assert final_hash(out) == final_hash(quiet_run)
+
+
+def test_accumulation_moves_bank_and_weights_once_per_step(stripes: Path, tmp_path: Path) -> None:
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    trainer.train(configuration(stripes), out=whole, max_steps=1, device="cpu")
+    trainer.train(configuration(stripes, "optim.accumulate=2"), out=halves, max_steps=1, device="cpu")
+    a = checkpoint.load(checkpoint.folder(whole, 1))[0]
+    b = checkpoint.load(checkpoint.folder(halves, 1))[0]
+    assert torch.equal(a["bank"]["labels"], b["bank"]["labels"])
+    assert a["bank"]["pointer"].item() == b["bank"]["pointer"].item() == 16
+    # The first learning rate of the warm-up is 0: no weight has moved yet, with or without accumulation.
+    assert torch.equal(a["model"]["encoder.conv1.weight"], b["model"]["encoder.conv1.weight"])
+    assert "per micro-batch of 8 images" in (halves / "train.log").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_trains_and_resumes(stripes: Path, tmp_path: Path, precision: str) -> None:
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    config = configuration(stripes, f"optim.precision={precision}")
+    trainer.train(config, out=straight, max_steps=6, device="cpu")
+    trainer.train(config, out=cut, max_steps=3, device="cpu")
+    trainer.train(None, out=cut, resume="must", max_steps=6, device="cpu")
+    assert final_hash(straight) == final_hash(cut)
+    losses = [r["train/loss"] for r in records(straight) if "train/loss" in r]
+    assert all(loss < 10 for loss in losses)
+
+
+@pytest.mark.parametrize("objective", ["class_means", "cosine_softmax"])
+def test_numbers_gone_bad_stop_the_run_and_keep_the_last_good_checkpoint(
+    stripes: Path, tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    config = c.load("demo", [*settings_for(objective), f"data.path={json.dumps(str(stripes))}"])
+    with pytest.raises(DivergedError, match=r"got NaN or inf at step \d+; the last good checkpoint is step 4"):
+        # Epochs have four steps; the learning rate of step 1 already breaks the weights of step 2.
+        monkeypatch.setattr("fastrex.schedule.Schedule.lr", lambda self, step: 0.0 if step < 5 else 1e30)
+        trainer.train(config, out=out, device="cpu")
+    assert rundir.read_status(out)["state"] == "diverged"
+    parts, _ = checkpoint.load(checkpoint.folder(out, 4))
+    assert all(torch.isfinite(t).all() for part in parts.values() for t in part.values() if t.is_floating_point())
+
+
+def test_diverged_has_its_own_exit_code(stripes: Path, tmp_path: Path) -> None:
+    result = fastrex_run("train", "demo", *SETTINGS, "--data", stripes, "--out", tmp_path / "run", "optim.lr=1e38")
+    assert result.returncode == 3
+    assert "must be finite" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_init_from_starts_the_encoder_elsewhere(quiet_run: Path, stripes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    trainer.train(configuration(stripes), out=out, init_from=quiet_run, max_steps=1, device="cpu")
+    mine = checkpoint.load(checkpoint.folder(out, 1))[0]
+    theirs = checkpoint.load(checkpoint.folder(quiet_run, 16))[0]
+    assert torch.equal(mine["model"]["encoder.conv1.weight"], theirs["model"]["encoder.conv1.weight"])
+    assert torch.equal(mine["ema"]["encoder.conv1.weight"], theirs["model"]["encoder.conv1.weight"])
+    with pytest.raises(FastrexError, match=r"--init-from must hold a resnet18 \(stem small, width 8\)"):
+        config = configuration(stripes, "model.width=8")
+        trainer.train(config, out=tmp_path / "wide", init_from=quiet_run, device="cpu")
+
+
+def test_the_remainder_can_be_padded(stripes: Path, tmp_path: Path) -> None:
+    config = configuration(stripes, "data.last_batch=pad", "optim.batch_size=24")
+    trainer.train(config, out=tmp_path / "run", max_steps=3, device="cpu")
+    assert "repeats 8 images in every epoch" in (tmp_path / "run" / "train.log").read_text(encoding="utf-8")
+
+
+def test_synthetic_data_needs_no_images(tmp_path: Path) -> None:
+    config = c.load("demo", [*SETTINGS, "data.path=synthetic"])
+    assert trainer.train(config, out=tmp_path / "run", max_steps=2, device="cpu").state == "completed"
+
+
+def test_a_file_that_goes_bad_during_the_run_is_named_and_nothing_is_lost(tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "run"
+    write_stripes(data / "train", 16, seed=0)
+    write_stripes(data / "val", 2, seed=1)
+    trainer.train(configuration(data), out=out, max_steps=4, device="cpu")
+    victim = data / "train" / "class-2" / "05.jpg"
+    content = victim.read_bytes()
+    victim.write_bytes(content[: len(content) // 2])
+    with pytest.raises(FastrexError, match=r"class-2/05\.jpg"):
+        trainer.train(None, out=out, resume="must", device="cpu")
+    assert rundir.read_status(out)["state"] == "failed"
+    victim.write_bytes(content)
+    assert trainer.train(None, out=out, resume="must", device="cpu").state == "completed"
+
+
+def test_changed_images_are_not_resumed_silently(tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "run"
+    write_stripes(data / "train", 16, seed=0)
+    trainer.train(configuration(data), out=out, max_steps=2, device="cpu")
+    (data / "train" / "class-1" / "00.jpg").unlink()
+    with pytest.raises(FastrexError, match="images must be those of the run"):
+        trainer.train(None, out=out, resume="must", device="cpu")
+
+
+def test_the_papers_recipe_runs_on_a_cpu_with_real_imagenet_files(imagenet_sample: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    config = c.load("trex", [f"data.path={json.dumps(str(imagenet_sample))}", "optim.batch_size=4"])
+    result = trainer.train(config, out=out, max_steps=2, device="cpu")
+    assert result.state == "completed"
+    text = (out / "train.log").read_text(encoding="utf-8")
+    assert text.count("evaluation is off") == 1
+    assert "crops 1x224 + 8x96" in text
+    # ln(400) = 5.99, plus about 0.2 because random prototypes give logits of deviation 0.63 (recipes.md 1.5).
+    assert 5.8 < records(out)[0]["train/loss"] < 6.7
+    state, _ = checkpoint.load(checkpoint.folder(out, 2))
+    assert sum(t.numel() for n, t in state["model"].items() if n.startswith("projector.")) > 13_125_632
+    assert (out / "export" / "model.safetensors").is_file()
