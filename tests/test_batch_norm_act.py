@@ -70,7 +70,8 @@ def test_values_gradients_and_buffers_equal_torch(
         torch.testing.assert_close(ours[1].grad, theirs[1].grad)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+# Finite differences cost two evaluations per number: small shapes.
+@pytest.mark.parametrize("shape", [(2, 2, 3, 2), (5, 3)], ids=str)
 @pytest.mark.parametrize("training", [False, True])
 def test_gradcheck(shape: tuple[int, ...], training: bool) -> None:
     torch.manual_seed(2)
