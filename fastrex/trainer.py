@@ -15,7 +15,7 @@ from types import FrameType
 
 import torch
 
-from . import checkpoint, distributed, export, objectives, rundir, schedule
+from . import checkpoint, distributed, export, memory, objectives, rundir, schedule
 from . import config as config_module
 from .config import Config
 from .data.dataset import Dataset, open_dataset
@@ -98,8 +98,11 @@ def _train(
     init_from: Path | str | None,
     max_steps: int | None,
 ) -> Result:
+    pooled = world.device.type == "cpu" and memory.pool()
     trainer = Trainer(config, len(data.classes), world)
     start, notices = _restore(trainer, data, run.path) if resuming else (0, [])
+    if pooled:
+        notices.append("CPU memory is pooled: what tensors free stays with this process (glibc mallopt)")
     if init_from is not None:
         notices.append(_init_from(trainer, init_from))
     plan = schedule.from_config(config.optim, data.steps_per_epoch)

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+# Two test processes that spin for each other's cores are slower than one thread each.
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = [
@@ -29,6 +33,7 @@ SETTINGS = [
     "optim.warmup_epochs=1",
     "optim.precision=fp32",
     "eval.batch_size=32",
+    "checkpoint.every_epochs=1",
     "run.log_every=1",
 ]
 

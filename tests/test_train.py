@@ -72,7 +72,9 @@ def test_a_run_leaves_everything_behind(quiet_run: Path, stripes: Path) -> None:
 
 def test_it_learns(stripes: Path, tmp_path: Path) -> None:
     # Four easy classes: chance is 25 %.
-    config = configuration(stripes, "optim.epochs=15", "optim.lr=1.0", "model.width=8", "model.ema_momentum=0.9")
+    plain = ("augment.jitter=0", "augment.grayscale=0", "augment.flip=0", "data.local_scale=[0.3, 0.6]")
+    longer = ("optim.epochs=15", "optim.lr=1.0", "model.width=8", "model.ema_momentum=0.9")
+    config = configuration(stripes, *plain, *longer)
     result = fastrex.train(config, out=tmp_path / "run", device="cpu")
     assert result.state == "completed"
     assert result.metrics["eval/top1"] >= 0.75
