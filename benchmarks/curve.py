@@ -1,4 +1,5 @@
-"""The training curve of one run: from its metrics.jsonl to a JSON that can be compared and a PNG that can be looked at."""
+"""The training curve of one run: from its metrics.jsonl to a JSON that can be compared and a PNG that can be looked
+at."""
 
 from __future__ import annotations
 
@@ -46,7 +47,9 @@ def commit() -> str:
     here = Path(__file__).parent
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        state = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True)
+        state = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.stdout.strip() + ("+changes" if state.stdout.strip() else "")
@@ -70,8 +73,13 @@ def _plot(curve: dict[str, list[dict[str, float]]], name: str, target: Path) -> 
     left.plot(steps, [r["train/loss"] for r in curve["train"]], color="#4269d0")
     left.set(title="training loss", xlabel="step")
     left.set_ylim(bottom=0)
-    right.plot(steps, [r["train/top1"] for r in curve["train"]], color="#9498a0", label="top-1 over all crops, training")
-    for key, label, color in (("eval/knn", "k-NN, held out", "#ff725c"), ("eval/top1", "prototypes, held out", "#3ca951")):
+    right.plot(
+        steps, [r["train/top1"] for r in curve["train"]], color="#9498a0", label="top-1 over all crops, training"
+    )
+    for key, label, color in (
+        ("eval/knn", "k-NN, held out", "#ff725c"),
+        ("eval/top1", "prototypes, held out", "#3ca951"),
+    ):
         points = [(r["step"], r[key]) for r in curve["eval"] if key in r]
         if points:
             right.plot(*zip(*points, strict=True), marker="o", label=label, color=color)

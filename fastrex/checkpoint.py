@@ -62,14 +62,14 @@ def save(run: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], state:
             files[path.name] = _seal(path)
         manifest = {"format": FORMAT, "step": step, **state, "files": files}
         (temp / STATE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        _sync(temp / STATE)
-        _sync(temp)
+        sync(temp / STATE)
+        sync(temp)
         temp.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
     except OSError as error:
         raise FastrexError(
-            f"checkpoint: {final} could not be written ({error.strerror or error}); free space or choose another --out; "
-            "older checkpoints are untouched"
+            f"checkpoint: {final} could not be written ({error.strerror or error}); older checkpoints are untouched, "
+            "free space or choose another --out"
         ) from error
     finally:
         shutil.rmtree(temp, ignore_errors=True)
@@ -88,7 +88,7 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     parts = {}
     for name, fact in state["files"].items():
         file = path / name
-        if not file.is_file() or file.stat().st_size != fact["bytes"] or _digest(file) != fact["sha256"]:
+        if not file.is_file() or file.stat().st_size != fact["bytes"] or digest(file) != fact["sha256"]:
             raise BadCheckpoint(f"checkpoint: {file} must match its checksum in {STATE}, it is damaged or missing")
         try:
             parts[file.stem] = safetensors.torch.load_file(file)
@@ -153,16 +153,18 @@ def _seal(path: Path) -> dict[str, Any]:
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
-    _sync(path)
-    return {"bytes": path.stat().st_size, "sha256": _digest(path)}
+    sync(path)
+    return {"bytes": path.stat().st_size, "sha256": digest(path)}
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """sha256 of a file, as hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -172,10 +174,10 @@ def _sync(path: Path) -> None:
 
 def state_hash(parts: Mapping[str, Mapping[str, Tensor]]) -> str:
     """sha256 over all tensors in a fixed order: equal on two ranks or two runs exactly when every bit is equal."""
-    digest = hashlib.sha256()
+    total = hashlib.sha256()
     for stem in sorted(parts):
         for name in sorted(parts[stem]):
             tensor = parts[stem][name].detach().cpu().contiguous()
-            digest.update(f"{stem}/{name}/{tensor.dtype}/{tuple(tensor.shape)}".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+            total.update(f"{stem}/{name}/{tensor.dtype}/{tuple(tensor.shape)}".encode())
+            total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()

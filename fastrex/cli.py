@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from . import config as config_module
+from . import settings as settings_module
 from .config import Config
 from .errors import DivergedError, FastrexError
 
@@ -249,7 +250,7 @@ def config_command(settings: tuple[str, ...], data_path: str | None, toml: bool)
         if name != section:
             click.echo(f"\n[{name}]")
             section = name
-        click.echo(f"{key + ' = ' + config_module.toml_value(value):<44}# {text or helps.get(key, '')}")
+        click.echo(f"{key + ' = ' + settings_module.toml_value(value):<44}# {text or helps.get(key, '')}")
 
 
 @cli.command()

@@ -8,8 +8,6 @@ travel as a plain mapping and are checked by :func:`build` when the objective is
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
 import tomllib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,21 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import FastrexError
+from .settings import build, convert, nearest, parse, parse_override, setting, toml_value
 
 RECIPES = Path(__file__).parent / "recipes"
 OBJECTIVE = "objective"
-
-
-def setting(
-    default: Any,
-    help: str,
-    *,
-    choices: Sequence[str] = (),
-    low: float = -math.inf,
-    high: float = math.inf,
-) -> Any:
-    """A dataclass field with its line of help, its allowed words and its inclusive numeric bounds."""
-    return field(default=default, metadata={"help": help, "choices": tuple(choices), "low": low, "high": high})
 
 
 @dataclass(frozen=True)
@@ -225,9 +212,10 @@ def load(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> Con
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
     if not path.is_file():
         raise FastrexError(
-            f"train: recipe must be one of {', '.join(recipes())} or a TOML file, got {name!r}{_nearest(name, recipes())}"
+            f"train: recipe must be one of {', '.join(recipes())} or a TOML file, got {name!r}"
+            f"{nearest(name, recipes())}"
         )
-    table = _parse(path.read_text(encoding="utf-8"), str(path))
+    table = parse(path.read_text(encoding="utf-8"), str(path))
     table.setdefault("recipe", path.stem)
     return from_table(_merge(table, overrides))
 
@@ -238,7 +226,8 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def _merge(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Apply overrides in order. Another objective brings its own options: those of the recipe's objective are dropped."""
+    """Apply overrides in order. Another objective brings its own options: those of the recipe's objective are
+    dropped."""
     parsed = [(text, *parse_override(text)) for text in overrides]
     for _, section, key, value in parsed:
         if (section, key) == (OBJECTIVE, "name") and table.get(OBJECTIVE, {}).get("name") != value:
@@ -250,22 +239,9 @@ def _merge(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     return table
 
 
-def parse_override(text: str) -> tuple[str, str, Any]:
-    """Split ``section.key=value``; the value is read as TOML and, failing that, as the bare word."""
-    name, eq, raw = text.partition("=")
-    section, dot, key = name.strip().partition(".")
-    if not (eq and dot and section and key):
-        raise FastrexError(f"config: a setting must be section.key=value, got {text!r}")
-    try:
-        value = tomllib.loads(f"v = {raw.strip()}")["v"]
-    except tomllib.TOMLDecodeError:
-        value = raw.strip()
-    return section, key, value
-
-
 def from_toml(text: str, origin: str = "config") -> Config:
     """Read a configuration that :func:`to_toml` wrote."""
-    return from_table(_parse(text, origin))
+    return from_table(parse(text, origin))
 
 
 def from_table(table: Mapping[str, Any]) -> Config:
@@ -277,31 +253,17 @@ def from_table(table: Mapping[str, Any]) -> Config:
             values[name] = str(content)
         elif name not in known:
             raise FastrexError(
-                f"config: section must be one of {', '.join(known)}, got {name!r}{_nearest(name, list(known))}"
+                f"config: section must be one of {', '.join(known)}, got {name!r}{nearest(name, list(known))}"
             )
         elif not isinstance(content, Mapping):
             raise FastrexError(f"config: {name} must be a section, got {content!r}; write {name}.key=value")
         elif name == OBJECTIVE:
             options = dict(content)
             chosen = options.pop("name", ObjectiveConfig.name)
-            values[name] = ObjectiveConfig(name=_convert(chosen, str, "objective.name", {}), options=options)
+            values[name] = ObjectiveConfig(name=convert(chosen, str, "objective.name", {}), options=options)
         else:
             values[name] = build(known[name], content, name)
     return Config(**values)
-
-
-def build(cls: type[Any], content: Mapping[str, Any], section: str) -> Any:
-    """Make the dataclass ``cls`` from ``content``; names, types, words and bounds are checked."""
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    values = {}
-    for key, value in content.items():
-        if key not in fields:
-            raise FastrexError(
-                f"config: {section}.{key} is no setting{_nearest(key, list(fields))}; see 'fastrex config'"
-            )
-        values[key] = _convert(value, hints[key], f"{section}.{key}", fields[key].metadata)
-    return cls(**values)
 
 
 def items(config: Config) -> Iterator[tuple[str, str, Any, str]]:
@@ -339,58 +301,3 @@ def diff(old: Config, new: Config) -> list[str]:
         for s, k in keys
         if before.get((s, k)) != after.get((s, k))
     ]
-
-
-def _parse(text: str, origin: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise FastrexError(f"config: {origin} must be TOML: {error}") from None
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {match[0]!r}?)" if match else ""
-
-
-def _convert(value: Any, kind: Any, name: str, meta: Mapping[str, Any]) -> Any:
-    """Check one value against its type, words and bounds; ints are taken for floats and lists for tuples."""
-    if typing.get_origin(kind) is tuple:
-        parts = typing.get_args(kind)
-        if not isinstance(value, list | tuple) or len(value) != len(parts):
-            raise FastrexError(f"config: {name} must be a list of {len(parts)} numbers, got {value!r}")
-        return tuple(_convert(v, k, name, meta) for v, k in zip(value, parts, strict=True))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise FastrexError(f"config: {name} must be {_KIND[kind]}, got {value!r}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise FastrexError(f"config: {name} must be a finite number, got {value}")
-    if meta.get("choices") and value not in meta["choices"]:
-        raise FastrexError(
-            f"config: {name} must be one of {', '.join(meta['choices'])}, got {value!r}{_nearest(str(value), meta['choices'])}"
-        )
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        low, high = meta.get("low", -math.inf), meta.get("high", math.inf)
-        if not low <= value <= high:
-            bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-            raise FastrexError(f"config: {name} must be {bound}, got {value!r}")
-    return value
-
-
-_KIND: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
-
-
-def toml_value(value: Any) -> str:
-    """One value as TOML."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        escaped = "".join(c if ord(c) >= 32 and ord(c) != 127 else f"\\u{ord(c):04x}" for c in escaped)
-        return f'"{escaped}"'
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(toml_value(v) for v in value) + "]"
-    return repr(value)

@@ -17,13 +17,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, foreign
+from . import checkpoint, layouts
 from . import config as config_module
 from .card import model_card
 from .config import DataConfig, ModelConfig
 from .errors import FastrexError
 from .model.resnet import build_encoder, infer_arch
 from .rundir import CONFIG, version
+from .settings import build
 
 WEIGHTS, FACTS, CARD = "model.safetensors", "config.json", "README.md"
 TARGETS = ("torchvision", "timm", "hf")
@@ -78,7 +79,7 @@ def load_source(source: str | Path) -> Source:
             f"load_source: {path} does not exist; give a run, a checkpoint, an export, .safetensors or .pth"
         )
     if path.suffix in (".pth", ".pt"):
-        state, provenance = foreign.encoder_state(path)
+        state, provenance = layouts.encoder_state(path)
         return Source(state, _arch(state, path, {}), provenance=provenance)
     if path.suffix == ".safetensors":
         inside = path.name == WEIGHTS and (path.parent / checkpoint.STATE).is_file()
@@ -141,7 +142,7 @@ def export(
         if there:
             out.rename(old)
         temp.rename(out)
-        _sync(out.parent)
+        checkpoint.sync(out.parent)
     except OSError as error:
         raise FastrexError(
             f"export: {out} cannot be written ({error.strerror or error}); free space or choose another"
@@ -169,7 +170,7 @@ def _from_run(run: Path) -> Source:
 def _from_checkpoint(path: Path) -> Source:
     manifest = checkpoint.read_state(path)
     file, fact = path / WEIGHTS, manifest["files"].get(WEIGHTS)
-    if fact is None or not file.is_file() or _sha256(file) != fact["sha256"]:
+    if fact is None or not file.is_file() or checkpoint.digest(file) != fact["sha256"]:
         raise checkpoint.BadCheckpoint(
             f"checkpoint: {file} must match its checksum in {checkpoint.STATE}, it is damaged or missing"
         )
@@ -191,7 +192,7 @@ def _from_weights(path: Path) -> Source:
     facts = _facts(path.parent / FACTS) if path.name == WEIGHTS and (path.parent / FACTS).is_file() else {}
     own = _section(facts, "fastrex")
     tensors = _tensors(path)
-    digest = _sha256(path)
+    digest = checkpoint.digest(path)
     if own.get("sha256", digest) != digest:
         raise FastrexError(f"load_source: {path} must match its checksum in {FACTS}, it is damaged or was replaced")
     # An export of an export names the first origin.
@@ -200,14 +201,14 @@ def _from_weights(path: Path) -> Source:
     if str(own.get("arch")).startswith("timm:"):
         state = tensors
     else:
-        prefixes = sorted(foreign.encoder_prefixes(tensors), key=len)
+        prefixes = sorted(layouts.encoder_prefixes(tensors), key=len)
         if not prefixes:
             raise FastrexError(
                 f"load_source: {path} must hold the weights of a ResNet, got {', '.join(list(tensors)[:5])}, ..."
             )
-        state = foreign.select_encoder(tensors, prefixes[0])
+        state = layouts.select_encoder(tensors, prefixes[0])
     known = _section(own, "preprocessing") if own else _from_timm(_section(facts, "pretrained_cfg"), path)
-    checked = config_module.build(DataConfig, {k: v for k, v in known.items() if k in _PREPROCESSING}, "data")
+    checked = build(DataConfig, {k: v for k, v in known.items() if k in _PREPROCESSING}, "data")
     preprocessing = {key: getattr(checked, key) for key in _PREPROCESSING if key in known}
     carried = {key: own[key] for key in ("recipe", "license") if own.get(key)} | _section(own, "metrics")
     return Source(state, _arch(state, path, own), preprocessing, provenance, carried)
@@ -227,7 +228,7 @@ def _from_timm(cfg: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 def _arch(state: Mapping[str, Tensor], path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     """The encoder's kind: of a ResNet read from its tensors, so that a wrong file beside them cannot mislead."""
-    eps = config_module.build(ModelConfig, {"bn_eps": known.get("bn_eps", ModelConfig.bn_eps)}, "model").bn_eps
+    eps = build(ModelConfig, {"bn_eps": known.get("bn_eps", ModelConfig.bn_eps)}, "model").bn_eps
     if str(known.get("arch")).startswith("timm:"):
         return {"arch": str(known["arch"]), "stem": ModelConfig.stem, "width": ModelConfig.width, "bn_eps": eps}
     try:
@@ -302,7 +303,7 @@ def _write(folder: Path, model: nn.Module, source: Source, facts: dict[str, obje
             timm=_counterpart(source, "timm"),
         ).encode(),
     )
-    _sync(folder)
+    checkpoint.sync(folder)
 
 
 def _crop_pct(size: int, resize: int) -> float:
@@ -362,16 +363,3 @@ def _write_file(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

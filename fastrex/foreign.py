@@ -7,14 +7,13 @@ Nothing in the file is executed. The zip archive and its storages are read here;
 
 from __future__ import annotations
 
-import hashlib
 import io
 import pickle
 import pickletools
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,8 @@ MAX_PICKLE = 16 * 2**20
 MAX_COPIED = 1_000_000
 MAX_PLACEHOLDERS = 1000
 MAX_DEPTH = 64
-MAX_DICTS = 4
 
-_CONVERT = "load it where you trust it and save its state_dict with a current torch.save or with safetensors"
+CONVERT = "load it where you trust it and save its state_dict with a current torch.save or with safetensors"
 _DTYPES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -46,12 +44,6 @@ _DTYPES = {
 }
 # Opcodes that reach objects past find_class, or that no torch file has.
 _REFUSED = {"EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER", "BYTEARRAY8", "PERSID"}
-_ENCODER = re.compile(
-    r"(conv1|bn1|layer[1-4]\.\d+\.(conv[1-3]|bn[1-3]|downsample\.[01]))"
-    r"\.(weight|bias|running_mean|running_var|num_batches_tracked)"
-)
-_BODY = re.compile(r"(conv1|bn1|layer\d+)\.")
-_MOMENTUM = re.compile(r"(^|[._])(ema|momentum|teacher|target|k)([._]|$)")
 
 
 class _Plain(dict[Any, Any]):
@@ -119,10 +111,10 @@ class _Archive:
             raise FastrexError("its entries claim more bytes than the file has")
         roots = [name.removesuffix("/data.pkl") for name in self.entries if name.endswith("/data.pkl")]
         if len(roots) != 1:
-            raise FastrexError(f"it is a zip file, but none that torch.save wrote; {_CONVERT}")
+            raise FastrexError(f"it is a zip file, but none that torch.save wrote; {CONVERT}")
         self.root = roots[0]
         if f"{self.root}/constants.pkl" in self.entries:
-            raise FastrexError(f"it is a TorchScript program, not a checkpoint; {_CONVERT}")
+            raise FastrexError(f"it is a TorchScript program, not a checkpoint; {CONVERT}")
         self.file = file
         self.swap = self.read("byteorder", 16, sys.byteorder.encode()) != sys.byteorder.encode()
 
@@ -259,7 +251,7 @@ def _scan(data: bytes) -> None:
             stack.extend([depth] * len(op.stack_after))
 
 
-def _load(path: Path) -> tuple[dict[Any, Any], list[str]]:
+def load(path: Path) -> tuple[dict[Any, Any], list[str]]:
     """The dictionary in the file and the names of the globals that became placeholders."""
     try:
         size = path.stat().st_size
@@ -287,7 +279,7 @@ def _load(path: Path) -> tuple[dict[Any, Any], list[str]]:
         ) from error
     if not isinstance(content, dict):
         what = content.kind if isinstance(content, _Inert) else type(content).__name__
-        raise FastrexError(f"foreign: {path} must hold a dict of tensors, got {what}; {_CONVERT}")
+        raise FastrexError(f"foreign: {path} must hold a dict of tensors, got {what}; {CONVERT}")
     return content, sorted(reader.placeholders)
 
 
@@ -295,14 +287,14 @@ def _not_a_zip(head: bytes) -> str:
     if not head:
         return "it is empty; get it again"
     if head.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."):
-        return f"it has torch's format from before version 1.6; {_CONVERT}"
+        return f"it has torch's format from before version 1.6; {CONVERT}"
     if head[8:9] == b"{":
         return "it looks like safetensors; rename it to .safetensors"
     if head.startswith(b"version https://git-lfs"):
         return "it is a git-lfs pointer, not the file itself; run git lfs pull"
     if head.startswith(b"\x80"):
-        return f"it is a bare pickle; {_CONVERT}"
-    return f"it is no torch file (it begins with {head[:16]!r}); {_CONVERT}"
+        return f"it is a bare pickle; {CONVERT}"
+    return f"it is no torch file (it begins with {head[:16]!r}); {CONVERT}"
 
 
 def read(path: str | Path) -> dict[Any, Any]:
@@ -313,103 +305,4 @@ def read(path: str | Path) -> dict[Any, Any]:
     Raises:
         FastrexError: the file is missing, damaged, of another format, or holds no dictionary; says how to convert it.
     """
-    return _load(Path(path))[0]
-
-
-def encoder_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Find the ResNet encoder in a checkpoint; returns its state under torchvision's names, and where it came from.
-
-    Known are the layouts of the released t-ReX models (the bare backbone; full checkpoints with ``model.*``,
-    ``model_ema.*``, ``memory.*``) and whatever else keeps a ResNet under one prefix, also inside ``state_dict`` or
-    ``model`` and behind ``module.``. The online model is preferred to a momentum copy.
-
-    Raises:
-        FastrexError: as :func:`read`, or there is no plain ResNet in the file.
-    """
-    path = Path(path)
-    content, placeholders = _load(path)
-    found: list[tuple[str, str, dict[str, Tensor]]] = []
-    for place, mapping in _dicts(content, "", 0):
-        tensors = {key: value for key, value in mapping.items() if isinstance(key, str) and isinstance(value, Tensor)}
-        found += [(place, prefix, tensors) for prefix in encoder_prefixes(tensors)]
-    if not found:
-        raise FastrexError(f"foreign: {path} must hold the weights of a ResNet, got {_summary(content)}; {_CONVERT}")
-    wheres = [f"{place}.{prefix}" for place, prefix, _ in found]
-    best = min(range(len(found)), key=lambda i: (_MOMENTUM.search(wheres[i]) is not None, len(wheres[i])))
-    place, prefix, tensors = found[best]
-    try:
-        state = select_encoder(tensors, prefix)
-    except FastrexError as error:
-        raise FastrexError(f"foreign: {path}: {error}") from None
-    own = [part for part in wheres[best].split(".") if part]
-    left_out = {_branch(other, str(key), own) for other, mapping in _dicts(content, "", 0) for key in mapping}
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    provenance = {
-        "file": path.name,
-        "sha256": digest,
-        "format": "torch.save",
-        "dictionary": place or "(top)",
-        "prefix": prefix or "(none)",
-        "left_out": _list(left_out - {""}),
-        "placeholders": _list(set(placeholders)),
-    }
-    return state, provenance
-
-
-def encoder_prefixes(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The prefixes under which ``tensors`` hold a ResNet's keys."""
-    starts = [key.removesuffix("conv1.weight") for key in tensors if re.search(r"(^|\.)conv1\.weight$", key)]
-    return [p for p in starts if f"{p}bn1.weight" in tensors and f"{p}layer1.0.conv1.weight" in tensors]
-
-
-def select_encoder(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The encoder's tensors under ``prefix``, renamed and contiguous; everything that is no part of it is left out.
-
-    Raises:
-        FastrexError: a layer of its body is none of a plain ResNet's, so that leaving it out would change the network.
-    """
-    state = {}
-    for key, value in tensors.items():
-        name = key.removeprefix(prefix)
-        if not key.startswith(prefix) or not _BODY.match(name):
-            continue
-        if not _ENCODER.fullmatch(name):
-            raise FastrexError(
-                f"{key} must belong to a plain ResNet, got another layer; only resnet18|34|50|101 are read"
-            )
-        state[name] = value.detach().contiguous()
-    # Files from before torch 0.4.1 have no counters.
-    for name in [name for name in state if name.endswith("running_mean")]:
-        state.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
-    return state
-
-
-def _dicts(content: Mapping[Any, Any], place: str, depth: int) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """The dictionary and those inside it, with their places."""
-    yield place, content
-    if depth < MAX_DICTS:
-        for key, value in content.items():
-            if isinstance(value, dict) and isinstance(key, str):
-                yield from _dicts(value, f"{place}.{key}".removeprefix("."), depth + 1)
-
-
-def _branch(place: str, key: str, own: list[str]) -> str:
-    """Where the path of a key leaves the path to the encoder; empty for the encoder's own keys and those above it."""
-    parts = [part for part in f"{place}.{key}".split(".") if part]
-    shared = 0
-    while shared < min(len(parts), len(own)) and parts[shared] == own[shared]:
-        shared += 1
-    body = shared == len(own) and _BODY.match(".".join(parts[shared:]))
-    return "" if body else ".".join(parts[: shared + 1] if shared < len(parts) else [])
-
-
-def _list(names: set[str]) -> str:
-    """Up to twenty names in one line, without characters that could mean something in a document."""
-    clean = sorted({re.sub(r"[^\w.\-]", "?", name)[:60] for name in names})
-    return ", ".join(clean[:20]) + (f" and {len(clean) - 20} more" if len(clean) > 20 else "") or "(none)"
-
-
-def _summary(content: Mapping[Any, Any]) -> str:
-    keys = [str(key)[:40] for key in list(content)[:5]]
-    return f"the keys {', '.join(keys)}{', ...' if len(content) > 5 else ''}" if keys else "an empty dictionary"
+    return load(Path(path))[0]

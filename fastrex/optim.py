@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from fastrex_kernels import sgd_ema_
 from torch import Tensor, nn
+
+from fastrex_kernels import sgd_ema_
 
 from .config import OptimConfig
 from .errors import FastrexError
@@ -49,7 +50,7 @@ class Optimizer:
     def grad_norm(self, inv_scale: Tensor | None = None) -> Tensor:
         """Euclidean norm of all (unscaled) gradients, 0-d; not finite when any gradient is not."""
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         return norm if inv_scale is None else norm * inv_scale
 
     def step(self, lr: float, skip: Tensor, inv_scale: Tensor | None) -> None:

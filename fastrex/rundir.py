@@ -45,7 +45,8 @@ def prepare(out: Path, config: Config | None, resume: str) -> tuple[Config, bool
         if changes:
             raise FastrexError(
                 f"train: --resume must continue the same run, but {out} differs in {'; '.join(changes[:5])}"
-                f"{'; ...' if len(changes) > 5 else ''}. Resume without settings, or start a new --out with --init-from {out}"
+                f"{'; ...' if len(changes) > 5 else ''}. Resume without settings, or start a new --out with "
+                f"--init-from {out}"
             )
         return old, True
     if resume == "must":

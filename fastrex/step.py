@@ -51,7 +51,8 @@ class Trainer:
         torch.manual_seed(config.run.seed)
         encoder = build_encoder(config.model)
         bn = {"bn_momentum": config.model.bn_momentum, "bn_eps": config.model.bn_eps}
-        model = MultiCropModel(encoder, Projector(encoder.num_features, config.projector, **bn))
+        projector = Projector(int(encoder.num_features), config.projector, **bn)  # type: ignore[arg-type]
+        model = MultiCropModel(encoder, projector)
         self.model = model.to(device=world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.objective = objectives.make(config, config.projector.out_dim, num_classes).to(world.device)
         set_process_group(self.model, world.group)
@@ -94,7 +95,7 @@ class Trainer:
                         z = self.ema((batch.crops[0][: len(batch.target)],))
                     ok = ok & torch.isfinite(z).all()
                     momentum_features.append(z)
-                self.guard.scaled(loss / len(micros)).backward()
+                self.guard.scaled(loss / len(micros)).backward()  # type: ignore[no-untyped-call]
             for name, value in {"loss": loss, **metrics}.items():
                 logged[name] = logged.get(name, 0.0) + value.detach() / len(micros)
         inv_scale = self.guard.inv_scale  # of this step: judge() may change the scale for the next one

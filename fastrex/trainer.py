@@ -4,7 +4,6 @@ bottom."""
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import signal
 import threading
 import time
@@ -16,14 +15,14 @@ from types import FrameType
 import torch
 
 from . import checkpoint, distributed, export, memory, objectives, rundir, schedule
-from . import config as config_module
+from . import resume as resume_module
 from .config import Config
 from .data.dataset import Dataset, open_dataset
 from .data.loader import Batch
 from .distributed import World
 from .errors import DivergedError, FastrexError
 from .metrics import Log, Meter, progress
-from .optim import MAX_SKIPPED, load_tensors
+from .optim import MAX_SKIPPED
 from .step import Trainer
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -100,11 +99,11 @@ def _train(
 ) -> Result:
     pooled = world.device.type == "cpu" and memory.pool()
     trainer = Trainer(config, len(data.classes), world)
-    start, notices = _restore(trainer, data, run.path) if resuming else (0, [])
+    start, notices = resume_module.restore(trainer, data, run.path) if resuming else (0, [])
     if pooled:
         notices.append("CPU memory is pooled: what tensors free stays with this process (glibc mallopt)")
     if init_from is not None:
-        notices.append(_init_from(trainer, init_from))
+        notices.append(resume_module.init_from(trainer, init_from))
     plan = schedule.from_config(config.optim, data.steps_per_epoch)
     stop = plan.total if max_steps is None else min(max_steps, plan.total)
     log = Log(run.path, config, world, start if resuming else None)
@@ -166,7 +165,7 @@ def _loop(
             _check_numbers(trainer, run.path)
             leave = distributed.any_true(bool(asked), world)
             if save or leave:
-                save_checkpoint(trainer, data, run.path, step)
+                resume_module.save(trainer, data, run.path, step)
                 saved = step
                 run.status("running", step=step)
             if look:
@@ -176,7 +175,7 @@ def _loop(
                 break
             mark = Mark(step, loader.wait_s)
     if saved != step:
-        save_checkpoint(trainer, data, run.path, step)
+        resume_module.save(trainer, data, run.path, step)
     if state == "completed" and evaluated != step and data.held_out:
         results = _evaluate(trainer, data, log, step)
     return step, state, results
@@ -206,74 +205,9 @@ def _check_numbers(trainer: Trainer, run: Path) -> None:
         )
     if skipped >= MAX_SKIPPED:
         raise DivergedError(
-            f"train: fp16 gradients must be finite, got {skipped} overflows in a row; {way_out}; use --precision bf16 or fp32"
+            f"train: fp16 gradients must be finite, got {skipped} overflows in a row; {way_out}; "
+            "use --precision bf16 or fp32"
         )
-
-
-def save_checkpoint(trainer: Trainer, data: Dataset, run: Path, step: int) -> None:
-    """Rank 0 writes; the others wait, so that nobody runs ahead of a checkpoint that failed."""
-    if trainer.world.main:
-        config = trainer.config
-        state = {
-            "epoch": step / data.steps_per_epoch,
-            "seed": config.run.seed,
-            "schedule": dataclasses.asdict(schedule.from_config(config.optim, data.steps_per_epoch)),
-            "precision": trainer.precision,
-            "world_size": trainer.world.size,
-            "data": data.fingerprint,
-            "classes": list(data.classes),
-            "fastrex": rundir.version(),
-            "torch": torch.__version__,
-            "config": config_module.to_toml(config),
-        }
-        checkpoint.save(run, step, trainer.parts(), state, config.checkpoint.keep)
-    distributed.barrier(trainer.world)
-
-
-def _restore(trainer: Trainer, data: Dataset, run: Path) -> tuple[int, list[str]]:
-    """Load the newest good checkpoint on every rank; a run that was killed before its first one starts from step 0."""
-    world, lines = trainer.world, list[str]()
-    newest = checkpoint.newest_good(run, lines.append) if world.main else None
-    step = distributed.from_main(newest[1] if newest else -1, world)
-    if step < 0:
-        if checkpoint.had_any(run):
-            raise FastrexError(
-                f"resume: {run / 'checkpoints'} must hold a good checkpoint, all are damaged; start a new --out"
-            )
-        return 0, ["no checkpoint yet: starting from step 0"]
-    parts, state = checkpoint.load(checkpoint.folder(run, step))
-    if state["data"] != data.fingerprint:
-        raise FastrexError(
-            f"resume: the images must be those of the run, but {data.config.data.path or 'the data set'} has changed since; "
-            f"start a new run with --init-from {run}"
-        )
-    if state["precision"] != trainer.precision:
-        raise FastrexError(
-            f"resume: --precision must be {state['precision']} as in the run, this machine's choice is {trainer.precision}; "
-            f"set --precision {state['precision']}"
-        )
-    trainer.load(parts)
-    if state["world_size"] != world.size:
-        lines.append(f"resuming a run of {state['world_size']} ranks with {world.size}: same batches, other rounding")
-    return step, [*lines, f"resumed from {checkpoint.folder(run, step).name}"]
-
-
-def _init_from(trainer: Trainer, source: Path | str) -> str:
-    """Start the encoder (and its momentum copy) from other weights; projector and bank start fresh."""
-    loaded = export.load_source(source)
-    encoder = trainer.model.encoder
-    own = {n: t for n, t in encoder.state_dict().items() if not n.endswith("num_batches_tracked")}
-    given = {n: t for n, t in loaded.state.items() if not n.endswith("num_batches_tracked")}
-    try:
-        load_tensors(own, given, "encoder")
-    except FastrexError as error:
-        raise FastrexError(
-            f"train: --init-from must hold a {trainer.config.model.arch} (stem {trainer.config.model.stem}, "
-            f"width {trainer.config.model.width}): {error}"
-        ) from None
-    if trainer.ema is not None:
-        trainer.ema.encoder.load_state_dict(encoder.state_dict())
-    return f"encoder starts from {source}"
 
 
 class Mark:
@@ -325,8 +259,8 @@ def _opening(trainer: Trainer, data: Dataset, run: Path, start: int, stop: int, 
     crops = " + ".join(f"{n}x{s}" for n, s in _crops(config) if n)
     lines = [
         f"run {run} | recipe {config.recipe} | {world.device.type} x {world.size} | precision {trainer.precision}",
-        f"data {data.config.data.path or 'digits'} | {int(data.class_counts.sum())} images, {len(data.classes)} classes, "
-        f"{data.held_out} held out | crops {crops} | batch {config.optim.batch_size}",
+        f"data {data.config.data.path or 'digits'} | {int(data.class_counts.sum())} images, "
+        f"{len(data.classes)} classes, {data.held_out} held out | crops {crops} | batch {config.optim.batch_size}",
         f"model {config.model.arch} {weights / 1e6:.2f}M | projector {config.projector.hidden_layers} hidden layers | "
         f"objective {config.objective.name} | steps {start} to {stop} of {total}",
     ]

@@ -67,7 +67,9 @@ def test_every_field_has_help() -> None:
 
 
 def test_overrides_are_typed_and_the_last_one_wins() -> None:
-    config = c.load("trex", ["optim.lr=1", "optim.lr=0.5", "data.global_scale=[0.3, 0.9]", "model.arch=timm:vit", "run.wandb=x y"])
+    config = c.load(
+        "trex", ["optim.lr=1", "optim.lr=0.5", "data.global_scale=[0.3, 0.9]", "model.arch=timm:vit", "run.wandb=x y"]
+    )
     assert config.optim.lr == 0.5
     assert isinstance(c.load("trex", ["optim.lr=1"]).optim.lr, float)
     assert config.data.global_scale == (0.3, 0.9)

@@ -23,9 +23,7 @@ def test_worked_example() -> None:
     # cos = (1, 0) and (0.6, 0.8) at temperature 0.5: logits (2, 0) and (1.2, 1.6).
     x = torch.tensor([[3.0, 0.0], [6.0, 8.0]])
     w = torch.tensor([[2.0, 0.0], [0.0, 5.0]])
-    loss, stats = cosine_cross_entropy(
-        x, w, torch.tensor([0, 0]), temperature=0.5, reduction="none", return_stats=True
-    )
+    loss, stats = cosine_cross_entropy(x, w, torch.tensor([0, 0]), temperature=0.5, reduction="none", return_stats=True)
     expected = [math.log1p(math.exp(-2.0)), math.log1p(math.exp(0.4))]
     assert loss.tolist() == pytest.approx(expected, rel=1e-6)
     assert stats.rank.tolist() == [0, 1]
@@ -100,7 +98,9 @@ def test_frozen_prototypes_and_learnable_temperature() -> None:
     cosine_cross_entropy(a, w, y, temperature=t).backward()
     assert w.grad is None
     eps = 1e-6
-    slope = (cosine_cross_entropy(x, w, y, temperature=0.2 + eps) - cosine_cross_entropy(x, w, y, temperature=0.2 - eps)) / (2 * eps)
+    slope = (
+        cosine_cross_entropy(x, w, y, temperature=0.2 + eps) - cosine_cross_entropy(x, w, y, temperature=0.2 - eps)
+    ) / (2 * eps)
     assert t.grad.item() == pytest.approx(slope.item(), rel=1e-5)
 
 
@@ -135,7 +135,11 @@ def test_initial_loss_of_online_class_means() -> None:
         ({"weight": torch.zeros(7, 4)}, ValueError, r"weight must be \[C >= 1, 5\], got \(7, 4\)"),
         ({"weight": torch.zeros(0, 5)}, ValueError, r"weight must be \[C >= 1, 5\]"),
         ({"target": torch.zeros(12, dtype=torch.int32)}, TypeError, "target must be int64 class ids"),
-        ({"target": torch.zeros(5, dtype=torch.int64)}, ValueError, "target must have 12 rows or a divisor of that, got 5"),
+        (
+            {"target": torch.zeros(5, dtype=torch.int64)},
+            ValueError,
+            "target must have 12 rows or a divisor of that, got 5",
+        ),
         ({"target": torch.full((12,), 7)}, ValueError, r"target must be in \[0, 7\) or -100, got 7"),
         ({"target": torch.zeros(12, 6)}, ValueError, r"target probabilities must be \[N or B, 7\]"),
         ({"temperature": 0.0}, ValueError, "temperature must be above 0"),

@@ -17,8 +17,8 @@ from torch import Tensor
 from fastrex import checkpoint, rundir
 
 State = dict[str, Tensor]
-# A net of 4 channels on batches of 16 amplifies rounding 2.5-fold per step at the demo's learning rate; at this one it learns
-# just as visibly and the comparison is about the collectives, not about chaos.
+# A net of 4 channels on batches of 16 amplifies rounding 2.5-fold per step at the demo's learning rate; at this one it
+# learns just as visibly and the comparison is about the collectives, not about chaos.
 GENTLE = "optim.lr=0.1"
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fastrex.errors import FastrexError
-from fastrex.foreign import encoder_state, read
+from fastrex.foreign import read
+from fastrex.layouts import encoder_state
 from fastrex.model.resnet import ResNet
 
 

@@ -79,7 +79,13 @@ def test_inverse_scale() -> None:
     sgd_ema_(a, g, zeros(), [None] * 3, lr=torch.tensor(0.1), momentum=0.9, weight_decay=[0.1] * 3)
     scaled = [x * 1024 for x in g]
     sgd_ema_(
-        b, scaled, zeros(), [None] * 3, lr=torch.tensor(0.1), momentum=0.9, weight_decay=[0.1] * 3,
+        b,
+        scaled,
+        zeros(),
+        [None] * 3,
+        lr=torch.tensor(0.1),
+        momentum=0.9,
+        weight_decay=[0.1] * 3,
         inv_scale=torch.tensor(1 / 1024),
     )
     torch.testing.assert_close(a, b)

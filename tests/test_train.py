@@ -196,9 +196,9 @@ def test_numbers_gone_bad_stop_the_run_and_keep_the_last_good_checkpoint(
 ) -> None:
     out = tmp_path / "run"
     config = c.load("demo", [*settings_for(objective), f"data.path={json.dumps(str(stripes))}"])
+    # Epochs have four steps: the first one ends with a checkpoint, then the weights break.
+    monkeypatch.setattr("fastrex.schedule.Schedule.lr", lambda self, step: 0.0 if step < 5 else 1e30)
     with pytest.raises(DivergedError, match=r"got NaN or inf at step \d+; the last good checkpoint is step 4"):
-        # Epochs have four steps; the learning rate of step 1 already breaks the weights of step 2.
-        monkeypatch.setattr("fastrex.schedule.Schedule.lr", lambda self, step: 0.0 if step < 5 else 1e30)
         trainer.train(config, out=out, device="cpu")
     assert rundir.read_status(out)["state"] == "diverged"
     parts, _ = checkpoint.load(checkpoint.folder(out, 4))
@@ -219,8 +219,8 @@ def test_init_from_starts_the_encoder_elsewhere(quiet_run: Path, stripes: Path, 
     theirs = checkpoint.load(checkpoint.folder(quiet_run, 16))[0]
     assert torch.equal(mine["model"]["encoder.conv1.weight"], theirs["model"]["encoder.conv1.weight"])
     assert torch.equal(mine["ema"]["encoder.conv1.weight"], theirs["model"]["encoder.conv1.weight"])
+    config = configuration(stripes, "model.width=8")
     with pytest.raises(FastrexError, match=r"--init-from must hold a resnet18 \(stem small, width 8\)"):
-        config = configuration(stripes, "model.width=8")
         trainer.train(config, out=tmp_path / "wide", init_from=quiet_run, device="cpu")
 
 

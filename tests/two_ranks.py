@@ -40,7 +40,9 @@ def main(out: Path, dtype: str, steps: int, settings: list[str], nudge: float) -
                     micros = []
         parts = {f"{stem}/{n}": t.contiguous().clone() for stem, ts in trainer.parts().items() for n, t in ts.items()}
         safetensors.torch.save_file(parts, out / f"rank{world.rank}.safetensors")
-        (out / f"rank{world.rank}.json").write_text(json.dumps({"losses": losses, "samples": samples}), encoding="utf-8")
+        (out / f"rank{world.rank}.json").write_text(
+            json.dumps({"losses": losses, "samples": samples}), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ import dataclasses
 import difflib
 from typing import Any
 
-from .. import config as config_module
-from ..config import Config
+from ..config import OBJECTIVE, Config
 from ..errors import FastrexError
+from ..settings import build
 from .base import Objective
 from .class_means import ClassMeans
 from .cosine_softmax import CosineSoftmax
@@ -39,7 +39,7 @@ def resolve(config: Config) -> Config:
 def options_of(config: Config) -> Any:
     """The objective's checked ``Options``."""
     kind = lookup(config.objective.name)
-    return config_module.build(kind.Options, config.objective.options, config_module.OBJECTIVE)
+    return build(kind.Options, config.objective.options, OBJECTIVE)
 
 
 def option_help(config: Config) -> dict[str, str]:

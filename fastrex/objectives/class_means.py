@@ -8,15 +8,16 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastrex_kernels import bank_update_, class_means, cosine_cross_entropy
 from torch import Tensor
 
-from ..config import setting
+from fastrex_kernels import bank_update_, class_means, cosine_cross_entropy
+
+from ..settings import setting
 from .base import Objective, hit_metrics
 
 
 @dataclass(frozen=True)
-class Options:
+class ClassMeansOptions:
     """Section ``[objective]`` with ``name = "class_means"``."""
 
     temperature: float = setting(0.1, "temperature of the cosine logits", low=1e-4)
@@ -32,12 +33,12 @@ class ClassMeans(Objective):
 
     name: ClassVar[str] = "class_means"
     needs_ema: ClassVar[bool] = True
-    Options: ClassVar[type[Any]] = Options
+    Options: ClassVar[type[Any]] = ClassMeansOptions
     features: Tensor
     labels: Tensor
     pointer: Tensor
 
-    def __init__(self, in_features: int, num_classes: int, options: Options, *, seed: int) -> None:
+    def __init__(self, in_features: int, num_classes: int, options: ClassMeansOptions, *, seed: int) -> None:
         super().__init__(in_features, num_classes, options, seed=seed)
         generator = torch.Generator().manual_seed(seed)
         self.register_buffer("features", torch.randn(options.bank_size, in_features, generator=generator))
@@ -69,8 +70,8 @@ class ClassMeans(Objective):
         if share > 0.01:
             # The share falls as exp(-M/C): ln(100) entries per class leave one in a hundred empty.
             line += (
-                f"; an empty class is only a neutral competitor with logit 0. "
-                f"Set objective.bank_size={int(np.ceil(4.61 * self.num_classes))} or more, or objective.name=cosine_softmax"
+                "; an empty class is only a neutral competitor with logit 0. Set objective.bank_size="
+                f"{int(np.ceil(4.61 * self.num_classes))} or more, or objective.name=cosine_softmax"
             )
         return [line]
 

@@ -8,15 +8,16 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from fastrex_kernels import cosine_cross_entropy
 from torch import Tensor, nn
 
-from ..config import setting
+from fastrex_kernels import cosine_cross_entropy
+
+from ..settings import setting
 from .base import Objective, hit_metrics
 
 
 @dataclass(frozen=True)
-class Options:
+class CosineSoftmaxOptions:
     """Section ``[objective]`` with ``name = "cosine_softmax"``."""
 
     temperature: float = setting(0.1, "temperature of the cosine logits", low=1e-4)
@@ -30,9 +31,9 @@ class CosineSoftmax(Objective):
 
     name: ClassVar[str] = "cosine_softmax"
     needs_ema: ClassVar[bool] = False
-    Options: ClassVar[type[Any]] = Options
+    Options: ClassVar[type[Any]] = CosineSoftmaxOptions
 
-    def __init__(self, in_features: int, num_classes: int, options: Options, *, seed: int) -> None:
+    def __init__(self, in_features: int, num_classes: int, options: CosineSoftmaxOptions, *, seed: int) -> None:
         super().__init__(in_features, num_classes, options, seed=seed)
         generator = torch.Generator().manual_seed(seed)
         bound = 1 / math.sqrt(in_features)

@@ -60,6 +60,7 @@ def sgd_ema_(
     for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
         if param.shape != grad.shape:
             raise ValueError(
-                f"sgd_ema_: grads[{index}] must have the parameter's shape {tuple(param.shape)}, got {tuple(grad.shape)}"
+                f"sgd_ema_: grads[{index}] must have the parameter's shape {tuple(param.shape)}, "
+                f"got {tuple(grad.shape)}"
             )
     run(params, grads, momentum_buffers, ema_params, lr, momentum, weight_decay, ema_momentum, inv_scale, skip)
