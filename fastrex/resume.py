@@ -23,7 +23,6 @@ def save(trainer: Trainer, data: Dataset, run: Path, step: int) -> None:
             "epoch": step / data.steps_per_epoch,
             "seed": config.run.seed,
             "schedule": dataclasses.asdict(schedule.from_config(config.optim, data.steps_per_epoch)),
-            "precision": trainer.precision,
             "world_size": trainer.world.size,
             "data": data.fingerprint,
             "classes": list(data.classes),
@@ -51,11 +50,6 @@ def restore(trainer: Trainer, data: Dataset, run: Path) -> tuple[int, list[str]]
         raise FastrexError(
             f"resume: the images must be those of the run, but {data.config.data.path or 'the data set'} has changed "
             f"since; start a new run with --init-from {run}"
-        )
-    if state["precision"] != trainer.precision:
-        raise FastrexError(
-            f"resume: --precision must be {state['precision']} as in the run, but this machine's choice is "
-            f"{trainer.precision}; set --precision {state['precision']}"
         )
     trainer.load(parts)
     if state["world_size"] != world.size:

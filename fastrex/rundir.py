@@ -90,6 +90,7 @@ class RunDir:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            self.close()
             raise FastrexError(
                 f"train: --out {self.path} is being written by another process; stop it or choose another --out"
             ) from None

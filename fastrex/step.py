@@ -8,7 +8,9 @@ decided on the device, for all ranks alike, before anything is changed.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,11 @@ from .model.projector import Projector
 from .model.resnet import build_encoder
 from .optim import Guard, Optimizer, load_tensors
 
+# torch 2.13 renamed DDP's switch for sending buffers in every forward; 2.11 and 2.12 know the old name only.
+_DDP_WORDS = inspect.signature(DistributedDataParallel).parameters
+_KEEP_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _DDP_WORDS else "broadcast_buffers": False
+}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -66,8 +73,8 @@ class Trainer:
             self.parallel = DistributedDataParallel(
                 self.method,
                 device_ids=[world.device] if world.device.type == "cuda" else None,
-                broadcast_buffers=False,
                 gradient_as_bucket_view=True,
+                **_KEEP_BUFFERS,
             )
         self.precision = resolve_precision(config.optim.precision, world.device)
         ema = {} if self.ema is None else {f"model.{name}": p for name, p in self.ema.named_parameters()}

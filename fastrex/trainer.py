@@ -4,6 +4,7 @@ bottom."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 import threading
 import time
@@ -23,7 +24,7 @@ from .distributed import World
 from .errors import DivergedError, FastrexError
 from .metrics import Log, Meter, progress
 from .optim import MAX_SKIPPED
-from .step import Trainer
+from .step import Trainer, resolve_precision
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -65,19 +66,24 @@ def train(
     """
     if max_steps is not None and max_steps < 1:
         raise FastrexError(f"train: --max-steps must be at least 1, got {max_steps}")
-    if config is not None:
-        config = objectives.resolve(config)
     with distributed.world(device) as world:
+        config = None if config is None else resolve(config, world)
         path = Path(out) if out is not None else rundir.default_out(config, world)
         config, resuming = rundir.prepare(path, config, resume)
         if resuming and init_from is not None:
             raise FastrexError("train: --init-from must start a new run; it cannot be combined with resuming one")
+        # Whatever can be wrong with the input is found before the run directory is touched.
         data = open_dataset(config, world)
+        pooled = world.device.type == "cpu" and memory.pool()
+        trainer = Trainer(config, len(data.classes), world)
+        notices = [resume_module.init_from(trainer, init_from)] if init_from is not None else []
+        if pooled:
+            notices.append("CPU memory is pooled: what tensors free stays with this process (glibc mallopt)")
         run = rundir.RunDir(path, world)
         facts = {"world_size": world.size, "device": str(world.device), "classes": len(data.classes)}
         run.open(config, resumed=resuming, facts=facts)
         try:
-            return _train(config, data, run, world, resuming, init_from, max_steps)
+            return _train(trainer, data, run, resuming, max_steps, notices)
         except DivergedError as error:
             run.status("diverged", error=str(error))
             raise
@@ -89,27 +95,16 @@ def train(
 
 
 def _train(
-    config: Config,
-    data: Dataset,
-    run: rundir.RunDir,
-    world: World,
-    resuming: bool,
-    init_from: Path | str | None,
-    max_steps: int | None,
+    trainer: Trainer, data: Dataset, run: rundir.RunDir, resuming: bool, max_steps: int | None, notices: list[str]
 ) -> Result:
-    pooled = world.device.type == "cpu" and memory.pool()
-    trainer = Trainer(config, len(data.classes), world)
-    start, notices = resume_module.restore(trainer, data, run.path) if resuming else (0, [])
-    if pooled:
-        notices.append("CPU memory is pooled: what tensors free stays with this process (glibc mallopt)")
-    if init_from is not None:
-        notices.append(resume_module.init_from(trainer, init_from))
+    config, world = trainer.config, trainer.world
+    start, lines = resume_module.restore(trainer, data, run.path) if resuming else (0, [])
     plan = schedule.from_config(config.optim, data.steps_per_epoch)
     stop = plan.total if max_steps is None else min(max_steps, plan.total)
     log = Log(run.path, config, world, start if resuming else None)
     try:
-        notices += [*data.notices, *trainer.objective.notices(data.class_counts)]
-        for line in [*_opening(trainer, data, run.path, start, stop, plan.total), *notices]:
+        lines += [*notices, *data.notices, *trainer.objective.notices(data.class_counts)]
+        for line in [*_opening(trainer, data, run.path, start, stop, plan.total), *lines]:
             log.line(line)
         step, state, metrics = _loop(trainer, data, plan, run, log, start, stop)
         if state == "preempted":
@@ -155,7 +150,9 @@ def _loop(
                 last or _due(config.checkpoint.every_epochs, epochs_done) or _due(config.checkpoint.every_steps, step)
             )
             look = bool(data.held_out) and (last or _due(config.eval.every_epochs, epochs_done))
-            if not (save or look or step % config.run.log_every == 0 or (asked and world.size == 1)):
+            # Asking the other ranks costs a host sync on a GPU: there they are asked on logging steps only.
+            stopping = world.quick_agreement and distributed.any_true(bool(asked), world)
+            if not (save or look or stopping or step % config.run.log_every == 0):
                 continue
             # Everything below reads device values: the only host syncs of the loop.
             values = {**meter.read(world), **mark.rates(step, loader.wait_s, config.optim.batch_size)}
@@ -179,6 +176,13 @@ def _loop(
     if state == "completed" and evaluated != step and data.held_out:
         results = _evaluate(trainer, data, log, step)
     return step, state, results
+
+
+def resolve(config: Config, world: World) -> Config:
+    """What the run directory stores: every option of the objective named, precision decided by this machine."""
+    precision = resolve_precision(config.optim.precision, world.device)
+    optim = dataclasses.replace(config.optim, precision=precision)
+    return dataclasses.replace(objectives.resolve(config), optim=optim)
 
 
 def _due(every: int, count: int) -> bool:

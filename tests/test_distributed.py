@@ -24,9 +24,11 @@ GENTLE = "optim.lr=0.1"
 
 def torchrun(ranks: int, *arguments: str | Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return subprocess.run(
+    result = subprocess.run(
         [*launch, *map(str, arguments)], env=environment(), capture_output=True, text=True, timeout=timeout, check=False
     )
+    assert "Warning" not in result.stderr
+    return result
 
 
 def run(
@@ -77,6 +79,8 @@ def test_two_ranks_in_single_precision_stay_as_close_as_two_nudged_runs(stripes:
     assert logs[0]["losses"][0] == pytest.approx(log_one["losses"][0], rel=1e-5)
     assert all(torch.equal(two[0][name], two[1][name]) for name in two[0])
     assert distance(one, two[0]) <= 2 * distance(one, nudged)
+    assert logs[0]["eval"] == logs[1]["eval"] == log_one["eval"]
+    assert log_one["eval"]["eval/images"] == 16
     assert torch.equal(one["bank/labels"], two[0]["bank/labels"])
 
 

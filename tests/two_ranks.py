@@ -27,6 +27,9 @@ def main(out: Path, dtype: str, steps: int, settings: list[str], nudge: float) -
             with torch.no_grad():
                 for p in trainer.model.parameters():
                     p.mul_(1 + nudge)
+        # Before any step the weights are equal to the bit, so the accuracies must be too, however the images are
+        # shared.
+        results = trainer.evaluate(data.index) if dtype == "float32" and data.index is not None else {}
         plan = schedule.from_config(config.optim, data.steps_per_epoch)
         micros: list[Batch] = []
         with data.batches(0, steps, world) as loader:
@@ -41,7 +44,7 @@ def main(out: Path, dtype: str, steps: int, settings: list[str], nudge: float) -
         parts = {f"{stem}/{n}": t.contiguous().clone() for stem, ts in trainer.parts().items() for n, t in ts.items()}
         safetensors.torch.save_file(parts, out / f"rank{world.rank}.safetensors")
         (out / f"rank{world.rank}.json").write_text(
-            json.dumps({"losses": losses, "samples": samples}), encoding="utf-8"
+            json.dumps({"losses": losses, "samples": samples, "eval": results}), encoding="utf-8"
         )
 
 
