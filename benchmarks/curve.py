@@ -4,7 +4,6 @@ at."""
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ def write(run: Path, name: str, command: str, out: Path) -> list[Path]:
     curve = read(run)
     content: dict[str, Any] = {
         "command": command,
-        "commit": commit(),
         "environment": json.loads((run / "env.json").read_text(encoding="utf-8")),
         "config": _without_paths((run / "config.toml").read_text(encoding="utf-8")),
         **curve,
@@ -40,19 +38,6 @@ def write(run: Path, name: str, command: str, out: Path) -> list[Path]:
     target = out / f"{name}.json"
     target.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return [target, _plot(curve, name, out / f"{name}.png")]
-
-
-def commit() -> str:
-    """The checkout's commit, marked when files differ from it; ``unknown`` outside of one."""
-    here = Path(__file__).parent
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        state = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("+changes" if state.stdout.strip() else "")
 
 
 def _without_paths(text: str) -> str:

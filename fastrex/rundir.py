@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import socket
+import subprocess
 import time
 from collections.abc import Mapping
 from importlib import metadata
@@ -145,6 +146,7 @@ def environment() -> dict[str, Any]:
     )
     return {
         "fastrex": version(),
+        "commit": commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": len(os.sched_getaffinity(0)),
@@ -153,6 +155,22 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda or "absent",
         "packages": packages,
     }
+
+
+def commit() -> str:
+    """The checkout's commit, marked when files differ from it; ``unknown`` where this file is in no checkout of
+    fastrex."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def version() -> str:
