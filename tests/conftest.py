@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,14 @@ def settings_for(objective: str) -> list[str]:
     """SETTINGS for an objective, without the options of the others."""
     bank = () if objective == "class_means" else ("objective.bank_size",)
     return [f"objective.name={objective}", *(s for s in SETTINGS if not s.startswith(bank))] if bank else list(SETTINGS)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Indices and demo images of the tests stay out of the user's cache, also in processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTREX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ def photos() -> list[Path]:
     root = os.environ.get("FASTREX_TEST_DATA")
     if not root or not (Path(root) / "imagenet-sample").is_dir():
         pytest.skip("FASTREX_TEST_DATA has no imagenet-sample")
-    return sorted((Path(root) / "imagenet-sample").glob("*/*"))[::20]
+    return sorted((Path(root) / "imagenet-sample").glob("n*/*.JPEG"))[::20]
 
 
 def rgb(path: Path) -> Image.Image:

@@ -418,8 +418,9 @@ def test_an_index_with_other_labels_is_refused(tmp_path, labels):
 def test_open_or_build_builds_once_and_again_when_the_folder_changed(tmp_path, monkeypatch):
     root = tree(tmp_path / "data", "a/1.jpg", "b/2.jpg")
     built = index.open_or_build(root)
-    assert index.default_path(root) == root / ".fastrex" / "index.npz"
-    assert index.default_path(root).is_file()
+    # Nothing is written into a folder of images unasked.
+    assert {p.name for p in root.iterdir()} == {"a", "b"}
+    assert list((index.cache_dir() / "index").iterdir())
 
     def fail(*args, **kwargs):
         raise AssertionError("the stored index was not used")
@@ -429,6 +430,9 @@ def test_open_or_build_builds_once_and_again_when_the_folder_changed(tmp_path, m
         assert same(index.open_or_build(root), built)
         (root / "notes.txt").write_text("files beside the class folders do not matter")
         assert same(index.open_or_build(root), built)
+        # What `fastrex data index` writes goes with the folder.
+        assert index.default_path(root) == root / ".fastrex" / "index.npz"
+        index.save(built, index.default_path(root))
         moved = root.rename(tmp_path / "moved")
         assert index.open_or_build(moved).path(0) == moved / "a" / "1.jpg"
         moved.rename(root)
@@ -439,7 +443,8 @@ def test_open_or_build_builds_once_and_again_when_the_folder_changed(tmp_path, m
     (root / "c" / "1.jpg").unlink()
     (root / "c").rmdir()
     assert index.open_or_build(root).classes == ("a", "b")
-    index.default_path(root).write_bytes(b"damaged")
+    for stored in (index.default_path(root), *(index.cache_dir() / "index").iterdir()):
+        stored.write_bytes(b"damaged")
     assert index.open_or_build(root).classes == ("a", "b")
 
 

@@ -110,7 +110,8 @@ def cache_dir() -> Path:
 
 
 def default_path(root: str | Path) -> Path:
-    """Where the index of ``root`` belongs: ``.fastrex/index.npz`` in it, or in the cache folder if it is read-only."""
+    """Where ``fastrex data index`` puts the index of ``root``: ``.fastrex/index.npz`` in it, or in the cache folder if it
+    is read-only."""
     inside, cached = _stored_paths(root)
     folder = inside.parent
     writable = os.access(folder if folder.exists() else folder.parent, os.W_OK | os.X_OK)
@@ -120,7 +121,8 @@ def default_path(root: str | Path) -> Path:
 def open_or_build(
     root: str | Path, *, threads: int = 0, progress: Progress | None = None, empty_classes: str = "error"
 ) -> Index:
-    """The stored index of ``root`` if it is good and the folder kept its shape, else a new one, which is stored.
+    """The stored index of ``root`` if it is good and the folder kept its shape, else a new one, which is stored in the
+    cache folder.
 
     The shape is the set of class folders and their modification times: files added, removed or renamed directly in a
     class folder are noticed; files changed in place or inside a nested folder are not (``fastrex data index`` builds
@@ -137,7 +139,8 @@ def open_or_build(
                 _refuse_empty(layout.root, index.skipped)
             return dataclasses.replace(index, root=layout.root)
     index = build(root, threads=threads, progress=progress, empty_classes=empty_classes)
-    save(index, default_path(layout.root))
+    # Training never writes into a folder of images unasked; `fastrex data index` does, so that others find it there.
+    save(index, _stored_paths(layout.root)[1])
     return index
 
 
