@@ -66,10 +66,10 @@ def save(run: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], state:
         sync(temp)
         temp.rename(final)
         sync(final.parent)
-    except OSError as error:
+    except (OSError, safetensors.SafetensorError) as error:
         raise FastrexError(
-            f"checkpoint: {final} could not be written ({error.strerror or error}); older checkpoints are untouched, "
-            "free space or choose another --out"
+            f"checkpoint: {final} could not be written ({getattr(error, 'strerror', None) or error}); "
+            "older checkpoints are untouched, free space or choose another --out"
         ) from error
     finally:
         shutil.rmtree(temp, ignore_errors=True)
@@ -118,14 +118,19 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def newest_good(run: Path, say: Callable[[str], object] = print) -> tuple[Path, int] | None:
-    """The newest checkpoint that verifies, and its step. A damaged one is set aside as ``bad.step-N``, so that its step
-    can be saved again."""
+def newest_good(run: Path, say: Callable[[str], object] | None = None) -> tuple[Path, int] | None:
+    """The newest checkpoint that verifies, and its step.
+
+    With ``say`` (the run's writer) a damaged one is reported and set aside as ``bad.step-N``, so that its step can be
+    saved again; without, nothing in the run is touched.
+    """
     for step in reversed(steps(run)):
         path = folder(run, step)
         try:
             load(path)
         except BadCheckpoint as error:
+            if say is None:
+                continue
             aside = path.with_name(f"bad.{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)

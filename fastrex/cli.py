@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ import click
 from . import config as config_module
 from . import settings as settings_module
 from .config import Config
-from .errors import DivergedError, FastrexError
+from .errors import DivergedError, FastrexError, UsageError
 
+CODES = ((UsageError, 2), (DivergedError, 3))
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 DATA = click.option("--data", "data_path", metavar="FOLDER", help="Image folder, or 'synthetic'; sets data.path.")
@@ -34,7 +36,8 @@ def main() -> None:
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as error:
-        error.show()
+        path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "fastrex"
+        click.echo(f"fastrex: error: {error.format_message()} (see '{path} --help')", err=True)
         sys.exit(error.exit_code)
     except Exception as error:
         if debug:
@@ -51,7 +54,7 @@ def main() -> None:
         # gone.
         sys.stdout.flush()
         sys.stderr.flush()
-        code = 3 if isinstance(error, DivergedError) else 1
+        code = next((number for kind, number in CODES if isinstance(error, kind)), 1)
         if where:
             os._exit(code)
     sys.exit(code if isinstance(code, int) else 0)
@@ -74,7 +77,8 @@ def _located(path: str | None) -> list[str]:
     """``--data`` as a setting; folders are made absolute so that a run resumes from anywhere."""
     if path is None:
         return []
-    return [f"data.path={json.dumps(path if path == 'synthetic' else str(Path(path).expanduser().resolve()))}"]
+    place = path if path == "synthetic" else str(Path(path).expanduser().resolve())
+    return [f"data.path={settings_module.toml_value(place)}"]
 
 
 @cli.command()
@@ -133,7 +137,7 @@ def _config(recipe: str | None, words: list[str], run: Path | None, name: str) -
     if recipe is None and stored is not None and stored.is_file():
         if not words:
             return None
-        return config_module.override(config_module.from_toml(stored.read_text(encoding="utf-8"), str(stored)), words)
+        return config_module.override(config_module.read(stored), words)
     return config_module.load(recipe, words)
 
 
@@ -235,7 +239,7 @@ def export(source: str, out: Path, target: str) -> None:
 @DATA
 @click.option("--toml", is_flag=True, help="Only TOML, to be saved as a recipe of your own.")
 def config_command(settings: tuple[str, ...], data_path: str | None, toml: bool) -> None:
-    """Print the resolved configuration with a line of help per field. Recipes: see 'fastrex config --help'."""
+    """Print the resolved configuration with a line of help per field, after the names of all recipes."""
     from . import objectives
 
     recipe, words = _split(settings)
@@ -267,7 +271,7 @@ def status(run: Path, as_json: bool) -> None:
     for name, value in content.items():
         click.echo(f"{name}: {value}")
     if content["state"] in ("preempted", "killed", "failed"):
-        click.echo(f"continue: fastrex train --out {run} --resume must")
+        click.echo(f"continue: fastrex train --out {shlex.quote(str(run))} --resume must")
 
 
 @cli.command()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import FastrexError
+from .errors import UsageError
 from .settings import build, convert, nearest, parse, parse_override, setting, toml_value
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -178,17 +178,17 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.optim.warmup_epochs >= self.optim.epochs:
-            raise FastrexError(
+            raise UsageError(
                 f"config: optim.warmup_epochs must be less than optim.epochs, got {self.optim.warmup_epochs:g} and "
                 f"{self.optim.epochs}; set both"
             )
         for name in ("global_scale", "local_scale", "ratio"):
             low, high = getattr(self.data, name)
             if not 0 < low <= high:
-                raise FastrexError(f"config: data.{name} must be two rising numbers above 0, got [{low:g}, {high:g}]")
+                raise UsageError(f"config: data.{name} must be two rising numbers above 0, got [{low:g}, {high:g}]")
         low, high = self.augment.blur_radius
         if low > high:
-            raise FastrexError(f"config: augment.blur_radius must be two rising numbers, got [{low:g}, {high:g}]")
+            raise UsageError(f"config: augment.blur_radius must be two rising numbers, got [{low:g}, {high:g}]")
 
 
 def sections() -> dict[str, type[Any]]:
@@ -206,16 +206,16 @@ def load(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> Con
     """Read a recipe (a name, a TOML file, or None for ``demo``) and apply ``section.key=value`` overrides in order.
 
     Raises:
-        FastrexError: unknown recipe, section, key or value; the message names the nearest one that exists.
+        UsageError: unknown recipe, section, key or value; the message names the nearest one that exists.
     """
     name = "demo" if recipe is None else str(recipe)
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
     if not path.is_file():
-        raise FastrexError(
+        raise UsageError(
             f"train: recipe must be one of {', '.join(recipes())} or a TOML file, got {name!r}"
             f"{nearest(name, recipes())}"
         )
-    table = parse(path.read_text(encoding="utf-8"), str(path))
+    table = parse(_text(path), str(path))
     table.setdefault("recipe", path.stem)
     return from_table(_merge(table, overrides))
 
@@ -234,14 +234,29 @@ def _merge(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
             table[OBJECTIVE] = {"name": value}
     for text, section, key, value in parsed:
         if not isinstance(table.setdefault(section, {}), dict):
-            raise FastrexError(f"config: {section} is no section, got the setting {text!r}")
+            raise UsageError(f"config: {section} is no section, got the setting {text!r}")
         table[section][key] = value
     return table
 
 
+def read(path: Path) -> Config:
+    """Read a configuration that a run stored."""
+    table = parse(_text(path), str(path))
+    if not table:
+        raise UsageError(f"config: {path} must hold a run's configuration, it is empty; start a new --out")
+    return from_table(table)
+
+
 def from_toml(text: str, origin: str = "config") -> Config:
-    """Read a configuration that :func:`to_toml` wrote."""
+    """The inverse of :func:`to_toml`."""
     return from_table(parse(text, origin))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"config: {path} must be a TOML file in UTF-8, it cannot be read ({error})") from None
 
 
 def from_table(table: Mapping[str, Any]) -> Config:
@@ -252,11 +267,11 @@ def from_table(table: Mapping[str, Any]) -> Config:
         if name == "recipe":
             values[name] = str(content)
         elif name not in known:
-            raise FastrexError(
+            raise UsageError(
                 f"config: section must be one of {', '.join(known)}, got {name!r}{nearest(name, list(known))}"
             )
         elif not isinstance(content, Mapping):
-            raise FastrexError(f"config: {name} must be a section, got {content!r}; write {name}.key=value")
+            raise UsageError(f"config: {name} must be a section, got {content!r}; write {name}.key=value")
         elif name == OBJECTIVE:
             options = dict(content)
             chosen = options.pop("name", ObjectiveConfig.name)

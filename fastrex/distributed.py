@@ -16,6 +16,7 @@ from torch import Tensor
 from .errors import FastrexError
 
 TIMEOUT = datetime.timedelta(minutes=10)
+PATIENCE = datetime.timedelta(hours=12)
 
 
 # torch 2.13 renamed this collective; 2.11 and 2.12 know the old name only.
@@ -49,8 +50,13 @@ class World:
     @property
     def threads(self) -> int:
         """This rank's share of the cores."""
-        cores = len(os.sched_getaffinity(0))
-        return max(1, cores // self.local_size)
+        return own_cores(self.local_size)
+
+
+def own_cores(local_size: int | None = None) -> int:
+    """The cores of this process, shared with the other ranks that torchrun started on this machine."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if local_size is None else local_size
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -79,12 +85,16 @@ def world(device: str = "auto") -> Iterator[World]:
     chosen = pick_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        # Sizes never change during a run, so that the search for the fastest convolutions pays; TF32 as the method's
-        # recipe.
+        # Crops keep their sizes, so the search for the fastest convolutions pays; TF32 as in the method's recipe.
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
     if size > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+        if chosen.type == "cuda":
+            dist.init_process_group("nccl", timeout=TIMEOUT, device_id=chosen)
+        else:
+            dist.init_process_group("gloo", timeout=TIMEOUT)
+            # torchrun asks for one thread where nobody says otherwise; on a CPU the cores are the accelerator.
+            torch.set_num_threads(max(1, own_cores(local_size)))
     yield World(rank, size, local_rank, local_size, chosen)
     if size > 1:
         dist.destroy_process_group()
@@ -159,3 +169,20 @@ def barrier(world: World) -> None:
     """Wait for all ranks."""
     if world.size > 1:
         dist.barrier()
+
+
+@contextmanager
+def main_first(world: World) -> Iterator[None]:
+    """Let rank 0 run the block before the others do. They wait for hours if need be: it may be indexing millions of
+    files."""
+    if world.size == 1:
+        yield
+        return
+    # A group of its own, because the patience of a collective is its group's.
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    if not world.main:
+        dist.barrier(patient)
+    yield
+    if world.main:
+        dist.barrier(patient)
+    dist.destroy_process_group(patient)

@@ -42,17 +42,17 @@ def evaluate(
         return {}
     bank_rows = knn_rows(index, index.rows("train", config.data.held_out), config.eval.knn_per_class)
     with torch.inference_mode():
-        bank, bank_labels, _ = _extract(encoder, index, bank_rows, config, world, autocast, None)
+        bank, bank_labels, _, _ = _extract(encoder, index, bank_rows, config, world, autocast, None)
         bank, bank_labels = gather_ragged(bank, world), gather_ragged(bank_labels, world)
-        features, labels, hits = _extract(encoder, index, held_out, config, world, autocast, predict)
+        features, labels, hits, scored = _extract(encoder, index, held_out, config, world, autocast, predict)
         votes = knn_scores(
             bank, bank_labels, features, len(index.classes), config.eval.knn_k, config.eval.knn_temperature
         )
         knn_hits = (votes.argmax(1) == labels).sum()
-        total = torch.stack([hits.double(), knn_hits.double(), hits.new_tensor(len(labels)).double()])
-        top1, knn, count = sum_(total, world).tolist()
-    result = {"eval/knn": knn / count, "eval/images": count}
-    return result if top1 < 0 else {"eval/top1": top1 / count, **result}
+        counts = torch.stack([hits, scored, knn_hits, torch.full_like(hits, len(labels))])
+        top1, scored_images, knn, count = sum_(counts, world).tolist()
+    own = {"eval/top1": top1 / scored_images} if scored_images else {}
+    return {**own, "eval/knn": knn / count, "eval/images": count}
 
 
 def knn_rows(index: Index, rows: np.ndarray[Any, Any], per_class: int) -> np.ndarray[Any, Any]:
@@ -93,13 +93,12 @@ def _extract(
     world: World,
     autocast: Autocast,
     predict: Callable[[Tensor], Tensor | None] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's share of ``rows``: features, labels, and the hits of ``predict`` (negative when it gives no
-    scores)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """This rank's share of ``rows``: features [R, D], labels [R], and the numbers of hits and of scored images, 0-d."""
     mine = rows[world.rank :: world.size]
     features, labels = [], []
     hits = torch.zeros((), dtype=torch.int64, device=world.device)
-    scored = predict is not None
+    scored = torch.zeros_like(hits)
     loader = EvalLoader(
         index,
         mine,
@@ -113,14 +112,12 @@ def _extract(
         with autocast():
             out = encoder(images)
             scores = predict(out) if predict is not None else None
-        if scores is None:
-            scored = False
-        else:
+        if scores is not None:
             hits += (scores.argmax(1) == target).sum()
+            scored += len(target)
         features.append(out.float())
         labels.append(target)
     if not features:
         size = int(encoder.num_features)  # type: ignore[arg-type]
-        empty = torch.zeros(0, size, device=world.device), torch.zeros(0, dtype=torch.int64, device=world.device)
-        return *empty, hits
-    return torch.cat(features), torch.cat(labels), hits if scored else hits - 2**40
+        return torch.zeros(0, size, device=world.device), scored.new_zeros(0), hits, scored
+    return torch.cat(features), torch.cat(labels), hits, scored

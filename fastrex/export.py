@@ -58,7 +58,7 @@ class Source:
 def load_source(source: str | Path) -> Source:
     """Read an encoder from a run, a checkpoint, an export, a ``.safetensors`` file or a foreign ``.pth``/``.pt``.
 
-    A run gives its export, else its newest good checkpoint.
+    A run gives its newest good checkpoint, or its export where that is of the same step or nothing else is left.
 
     Raises:
         FastrexError: nothing is there, it is damaged, or it holds no encoder that fastrex knows.
@@ -156,14 +156,18 @@ def export(
 
 
 def _from_run(run: Path) -> Source:
-    if (run / "export" / WEIGHTS).is_file():
-        return _from_weights(run / "export" / WEIGHTS)
+    written = _from_weights(run / "export" / WEIGHTS) if (run / "export" / WEIGHTS).is_file() else None
     damage = "there is none"
     for step in reversed(checkpoint.steps(run)):
+        # A run that went on after its export has newer weights in its checkpoints.
+        if written is not None and written.provenance.get("step") == str(step):
+            return written
         try:
             return _from_checkpoint(checkpoint.folder(run, step))
         except checkpoint.BadCheckpoint as error:
             damage = str(error)
+    if written is not None:
+        return written
     raise FastrexError(f"load_source: {run} must hold an export or a good checkpoint: {damage}")
 
 
@@ -180,7 +184,7 @@ def _from_checkpoint(path: Path) -> Source:
     provenance = {"run": run.name, "step": str(manifest["step"]), "sha256": fact["sha256"], "prefix": "encoder."}
     if not (run / CONFIG).is_file():
         return Source(state, _arch(state, path, {}), provenance=provenance)
-    config = config_module.from_toml((run / CONFIG).read_text(encoding="utf-8"), str(run / CONFIG))
+    config = config_module.read(run / CONFIG)
     preprocessing = {key: getattr(config.data, key) for key in _PREPROCESSING}
     model = config.model
     known = {"arch": model.arch, "stem": model.stem, "width": model.width, "bn_eps": model.bn_eps}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,7 +46,7 @@ class Log:
     """Lines for people and records for programs. Only rank 0 writes."""
 
     def __init__(self, run: Path, config: Config, world: World, resume_step: int | None) -> None:
-        self.main = world.main
+        self.main, self.run = world.main, run
         self.board: Any = None
         self.wandb: Any = None
         if not self.main:
@@ -56,9 +57,12 @@ class Log:
         self.text = (run / "train.log").open("a", encoding="utf-8")
         self.records = path.open("a", encoding="utf-8")
         if config.run.tensorboard:
-            self.board = _tensorboard(run)
+            self.board = _tensorboard()(str(run), purge_step=resume_step)
         if config.run.wandb:
-            self.wandb = _wandb(config.run.wandb, run)
+            # The directory's name is the run's identity, so that a resumed run continues its own record.
+            self.wandb = _wandb().init(
+                project=config.run.wandb, dir=str(run), id=run.resolve().name, name=run.name, resume="allow"
+            )
 
     def line(self, text: str) -> None:
         """One line on the terminal and in train.log."""
@@ -71,13 +75,22 @@ class Log:
         """One line of metrics.jsonl: ``step``, ``time`` (Unix seconds) and the named values."""
         if not self.main:
             return
-        self.records.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        # JSON has no NaN: a number gone bad is null.
+        plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.records.write(json.dumps({"step": step, "time": round(time.time(), 3), **plain}) + "\n")
         self.records.flush()
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log(dict(values), step=step)
+
+    def evaluated(self, step: int) -> bool:
+        """Whether an evaluation of this step is on record (rank 0 knows)."""
+        if not self.main:
+            return False
+        lines = (self.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return any(record["step"] == step and "eval/knn" in record for record in map(json.loads, lines))
 
     def close(self) -> None:
         if self.main:
@@ -115,19 +128,27 @@ def _drop_after(path: Path, step: int) -> None:
     temp.replace(path)
 
 
-def _tensorboard(run: Path) -> Any:
+def check_writers(config: Config) -> None:
+    """Say what a wanted logger lacks, before a run directory exists."""
+    if config.run.tensorboard:
+        _tensorboard()
+    if config.run.wandb:
+        _wandb()
+
+
+def _tensorboard() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise FastrexError(
             "train: run.tensorboard=true needs TensorBoard; pip install 'fastrex[tensorboard]'"
         ) from None
-    return SummaryWriter(str(run))
+    return SummaryWriter
 
 
-def _wandb(project: str, run: Path) -> Any:
+def _wandb() -> Any:
     try:
         import wandb
     except ImportError:
         raise FastrexError("train: run.wandb=PROJECT needs W&B; pip install 'fastrex[wandb]'") from None
-    return wandb.init(project=project, dir=str(run), name=run.name, resume="allow")
+    return wandb

@@ -81,8 +81,9 @@ class Guard(nn.Module):
     """Loss scale and the record of bad numbers, all of it 0-d device tensors.
 
     A loss or feature that is not finite (or, without fp16, a gradient) marks the run as diverged at that step: from
-    then on nothing changes any more, until the loop reads the mark and stops. With fp16 a gradient that overflows skips
-    the step and halves the scale.
+    then on neither weights nor momentum, EMA or bank change (BatchNorm's running statistics do, in the forward), until
+    the loop reads the mark and stops. With fp16 a gradient that overflows skips the step and halves the scale; as many
+    as ``MAX_SKIPPED`` in a row mark the run as diverged too.
     """
 
     scale: Tensor
@@ -117,11 +118,14 @@ class Guard(nn.Module):
         features)."""
         overflow = (values_ok & ~grads_ok) if self.fp16 else torch.zeros_like(grads_ok)
         bad = ~values_ok if self.fp16 else ~(values_ok & grads_ok)
-        self.diverged.copy_(torch.where((self.diverged < 0) & bad, step, self.diverged))
+        live = self.diverged < 0
+        if self.fp16:
+            self.skipped.copy_(torch.where(live, torch.where(overflow, self.skipped + 1, 0), self.skipped))
+            bad = bad | (self.skipped >= MAX_SKIPPED)
+        self.diverged.copy_(torch.where(live & bad, step, self.diverged))
         keep = self.diverged < 0
         skip = overflow | ~keep
         if self.fp16:
-            self.skipped.copy_(torch.where(overflow, self.skipped + 1, 0))
             self.growth.copy_(torch.where(overflow, 0, self.growth + 1))
             grow = self.growth >= GROWTH_INTERVAL
             factor = torch.where(overflow, 0.5, torch.where(grow, 2.0, 1.0))

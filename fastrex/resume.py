@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -65,11 +66,15 @@ def init_from(trainer: Trainer, source: Path | str) -> str:
     given = {n: t for n, t in loaded.state.items() if not n.endswith("num_batches_tracked")}
     try:
         load_tensors(own, given, "encoder")
-    except FastrexError as error:
+    except FastrexError:
         raise FastrexError(
             f"train: --init-from must hold a {trainer.config.model.arch} (stem {trainer.config.model.stem}, "
-            f"width {trainer.config.model.width}): {error}"
+            f"width {trainer.config.model.width}) like the recipe, got {_kind(loaded.arch)}; set model.* to that"
         ) from None
     if trainer.ema is not None:
         trainer.ema.encoder.load_state_dict(encoder.state_dict())
     return f"encoder starts from {source}"
+
+
+def _kind(arch: Mapping[str, object]) -> str:
+    return f"{arch['arch']} (stem {arch['stem']}, width {arch['width']})"

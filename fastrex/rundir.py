@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -27,7 +28,7 @@ EXIT_CODES = {"completed": 0, "failed": 1, "diverged": 3, "preempted": 75}
 def default_out(config: Config | None, world: World) -> Path:
     """``runs/<recipe>-<UTC time>``, with rank 0's time on every rank."""
     if config is None:
-        raise FastrexError("train: resuming needs the run directory; pass --out RUN")
+        raise FastrexError("train: a run that continues needs its directory; pass --out RUN")
     now = distributed.from_main(int(time.time()), world)
     return Path("runs") / f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now))}"
 
@@ -41,7 +42,7 @@ def prepare(out: Path, config: Config | None, resume: str) -> tuple[Config, bool
     """
     stored = out / CONFIG
     if resume != "never" and stored.is_file():
-        old = config_module.from_toml(stored.read_text(encoding="utf-8"), str(stored))
+        old = config_module.read(stored)
         changes = config_module.diff(old, config) if config is not None else []
         if changes:
             raise FastrexError(
@@ -71,6 +72,7 @@ class RunDir:
     def __init__(self, path: Path, world: World) -> None:
         self.path, self.world = path, world
         self._lock: IO[str] | None = None
+        self._opened = False
 
     def open(self, config: Config, *, resumed: bool, facts: Mapping[str, Any]) -> None:
         """Take the lock and write what the run is; the other ranks wait, before (they still look at the directory) and
@@ -79,6 +81,7 @@ class RunDir:
         if self.world.main:
             self._open(config, resumed, facts)
         distributed.barrier(self.world)
+        self._opened = True
 
     def _open(self, config: Config, resumed: bool, facts: Mapping[str, Any]) -> None:
         try:
@@ -96,7 +99,9 @@ class RunDir:
                 f"train: --out {self.path} is being written by another process; stop it or choose another --out"
             ) from None
         if not resumed:
-            (self.path / CONFIG).write_text(config_module.to_toml(config), encoding="utf-8")
+            temp = self.path / f".{CONFIG}"
+            temp.write_text(config_module.to_toml(config), encoding="utf-8")
+            temp.replace(self.path / CONFIG)
         checkpoint.write_json(self.path / ENV, {**environment(), **facts})
         self.status("running")
 
@@ -106,6 +111,18 @@ class RunDir:
             return
         content = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "pid": os.getpid()}
         checkpoint.write_json(self.path / STATUS, {**content, "host": socket.gethostname(), **facts})
+
+    def failed(self, error: BaseException) -> None:
+        """Say why the run ended, from whichever rank met it first: what follows on the others is only its echo."""
+        path = self.path / STATUS
+        if not self._opened:
+            return
+        # A full disk must not replace the error that it caused.
+        with contextlib.suppress(OSError, ValueError):
+            now = json.loads(path.read_text(encoding="utf-8"))
+            if now.get("state") == "running":
+                facts = {"rank": self.world.rank, "error": f"{type(error).__name__}: {error}"}
+                checkpoint.write_json(path, {**now, "state": "failed", **facts})
 
     def close(self) -> None:
         if self._lock is not None:

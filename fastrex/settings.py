@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Any
 
-from .errors import FastrexError
+from .errors import UsageError
 
 
 def setting(
@@ -31,7 +31,7 @@ def parse_override(text: str) -> tuple[str, str, Any]:
     name, eq, raw = text.partition("=")
     section, dot, key = name.strip().partition(".")
     if not (eq and dot and section and key):
-        raise FastrexError(f"config: a setting must be section.key=value, got {text!r}")
+        raise UsageError(f"config: a setting must be section.key=value, got {text!r}")
     try:
         value = tomllib.loads(f"v = {raw.strip()}")["v"]
     except tomllib.TOMLDecodeError:
@@ -46,9 +46,7 @@ def build(cls: type[Any], content: Mapping[str, Any], section: str) -> Any:
     values = {}
     for key, value in content.items():
         if key not in fields:
-            raise FastrexError(
-                f"config: {section}.{key} is no setting{nearest(key, list(fields))}; see 'fastrex config'"
-            )
+            raise UsageError(f"config: {section}.{key} is no setting{nearest(key, list(fields))}; see 'fastrex config'")
         values[key] = convert(value, hints[key], f"{section}.{key}", fields[key].metadata)
     return cls(**values)
 
@@ -58,7 +56,7 @@ def parse(text: str, origin: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise FastrexError(f"config: {origin} must be TOML: {error}") from None
+        raise UsageError(f"config: {origin} must be TOML: {error}") from None
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -72,18 +70,18 @@ def convert(value: Any, kind: Any, name: str, meta: Mapping[str, Any]) -> Any:
     if typing.get_origin(kind) is tuple:
         parts = typing.get_args(kind)
         if not isinstance(value, list | tuple) or len(value) != len(parts):
-            raise FastrexError(f"config: {name} must be a list of {len(parts)} numbers, got {value!r}")
+            raise UsageError(f"config: {name} must be a list of {len(parts)} numbers, got {value!r}")
         return tuple(convert(v, k, name, meta) for v, k in zip(value, parts, strict=True))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise FastrexError(f"config: {name} must be {_KIND[kind]}, got {value!r}")
+        raise UsageError(f"config: {name} must be {_KIND[kind]}, got {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
-        raise FastrexError(f"config: {name} must be a finite number, got {value}")
+        raise UsageError(f"config: {name} must be a finite number, got {value}")
     if meta.get("choices") and value not in meta["choices"]:
-        raise FastrexError(
+        raise UsageError(
             f"config: {name} must be one of {', '.join(meta['choices'])}, got {value!r}"
             f"{nearest(str(value), meta['choices'])}"
         )
@@ -91,7 +89,7 @@ def convert(value: Any, kind: Any, name: str, meta: Mapping[str, Any]) -> Any:
         low, high = meta.get("low", -math.inf), meta.get("high", math.inf)
         if not low <= value <= high:
             bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-            raise FastrexError(f"config: {name} must be {bound}, got {value!r}")
+            raise UsageError(f"config: {name} must be {bound}, got {value!r}")
     return value
 
 

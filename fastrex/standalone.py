@@ -27,7 +27,7 @@ def evaluate_source(source: str | Path, settings: Sequence[str], device: str = "
     path = Path(source)
     with distributed.world(device) as world:
         if (path / rundir.CONFIG).is_file() and checkpoint.steps(path):
-            config = config_module.from_toml((path / rundir.CONFIG).read_text(encoding="utf-8"), str(path))
+            config = config_module.read(path / rundir.CONFIG)
             config = objectives.resolve(config_module.override(config, settings))
             index = _held_out(config, world)
             found = checkpoint.newest_good(path)

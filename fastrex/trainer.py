@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shlex
 import signal
 import threading
 import time
@@ -22,7 +23,7 @@ from .data.dataset import Dataset, open_dataset
 from .data.loader import Batch
 from .distributed import World
 from .errors import DivergedError, FastrexError
-from .metrics import Log, Meter, progress
+from .metrics import Log, Meter, check_writers, progress
 from .optim import MAX_SKIPPED
 from .step import Trainer, resolve_precision
 
@@ -68,10 +69,12 @@ def train(
         raise FastrexError(f"train: --max-steps must be at least 1, got {max_steps}")
     with distributed.world(device) as world:
         config = None if config is None else resolve(config, world)
-        path = Path(out) if out is not None else rundir.default_out(config, world)
+        path = Path(out) if out is not None else rundir.default_out(config if resume == "never" else None, world)
         config, resuming = rundir.prepare(path, config, resume)
         if resuming and init_from is not None:
-            raise FastrexError("train: --init-from must start a new run; it cannot be combined with resuming one")
+            if resume == "must":
+                raise FastrexError("train: --init-from must start a new run; it cannot be combined with --resume must")
+            init_from = None  # A restarted job repeats its command; the run has started from there already.
         # Whatever can be wrong with the input is found before the run directory is touched.
         data = open_dataset(config, world)
         pooled = world.device.type == "cpu" and memory.pool()
@@ -79,48 +82,54 @@ def train(
         notices = [resume_module.init_from(trainer, init_from)] if init_from is not None else []
         if pooled:
             notices.append("CPU memory is pooled: what tensors free stays with this process (glibc mallopt)")
+        check_writers(config)
         run = rundir.RunDir(path, world)
         facts = {"world_size": world.size, "device": str(world.device), "classes": len(data.classes)}
-        run.open(config, resumed=resuming, facts=facts)
-        try:
-            return _train(trainer, data, run, resuming, max_steps, notices)
-        except DivergedError as error:
-            run.status("diverged", error=str(error))
-            raise
-        except BaseException as error:
-            run.status("failed", error=f"{type(error).__name__}: {error}")
-            raise
-        finally:
-            run.close()
+        with contextlib.ExitStack() as closing:
+            closing.callback(run.close)
+            run.open(config, resumed=resuming, facts=facts)
+            try:
+                return _train(trainer, data, run, resuming, max_steps, notices, closing)
+            except DivergedError as error:
+                run.status("diverged", error=str(error))
+                raise
+            except BaseException as error:
+                run.failed(error)
+                raise
 
 
 def _train(
-    trainer: Trainer, data: Dataset, run: rundir.RunDir, resuming: bool, max_steps: int | None, notices: list[str]
+    trainer: Trainer,
+    data: Dataset,
+    run: rundir.RunDir,
+    resuming: bool,
+    max_steps: int | None,
+    notices: list[str],
+    closing: contextlib.ExitStack,
 ) -> Result:
     config, world = trainer.config, trainer.world
     start, lines = resume_module.restore(trainer, data, run.path) if resuming else (0, [])
     plan = schedule.from_config(config.optim, data.steps_per_epoch)
     stop = plan.total if max_steps is None else min(max_steps, plan.total)
     log = Log(run.path, config, world, start if resuming else None)
-    try:
-        lines += [*notices, *data.notices, *trainer.objective.notices(data.class_counts)]
-        for line in [*_opening(trainer, data, run.path, start, stop, plan.total), *lines]:
-            log.line(line)
-        step, state, metrics = _loop(trainer, data, plan, run, log, start, stop)
-        if state == "preempted":
-            run.status(state, step=step)
-            log.line(f"preempted at step {step}; continue with: fastrex train --out {run.path} --resume must")
-            return Result(run.path, state, step, metrics)
-        encoder = run.path / "export"
-        if world.main:
-            export.export(checkpoint.folder(run.path, step), encoder, "hf", facts=metrics, overwrite=True)
-        distributed.barrier(world)
-        run.status(state, step=step, metrics=metrics, encoder=str(encoder))
-        for line in _closing(metrics, encoder):
-            log.line(line)
-        return Result(run.path, state, step, metrics, encoder)
-    finally:
-        log.close()
+    closing.callback(log.close)
+    lines += [*notices, *data.notices, *trainer.objective.notices(data.class_counts)]
+    for line in [*_opening(trainer, data, run.path, start, stop, plan.total), *lines]:
+        log.line(line)
+    step, state, metrics = _loop(trainer, data, plan, run, log, start, stop)
+    if state == "preempted":
+        run.status(state, step=step)
+        way_on = f"fastrex train --out {shlex.quote(str(run.path))} --resume must"
+        log.line(f"preempted at step {step}; continue with: {way_on}")
+        return Result(run.path, state, step, metrics)
+    encoder = run.path / "export"
+    if world.main:
+        export.export(checkpoint.folder(run.path, step), encoder, "hf", facts=metrics, overwrite=True)
+    distributed.barrier(world)
+    run.status(state, step=step, metrics=metrics, encoder=str(encoder))
+    for line in _closing(metrics, encoder):
+        log.line(line)
+    return Result(run.path, state, step, metrics, encoder)
 
 
 def _loop(
@@ -131,6 +140,9 @@ def _loop(
     meter = Meter()
     step, state, results = start, "completed", {}
     saved, evaluated = (start, -1) if start else (-1, -1)
+    if start and look_at(config, data, start) and not distributed.from_main(int(log.evaluated(start)), world):
+        # The run was killed between the checkpoint and its evaluation.
+        results, evaluated = _evaluate(trainer, data, log, start), start
     with stop_signals() as asked, data.batches(start, stop, world) as loader:
         micros: list[Batch] = []
         mark = Mark(start)
@@ -149,7 +161,7 @@ def _loop(
             save = (
                 last or _due(config.checkpoint.every_epochs, epochs_done) or _due(config.checkpoint.every_steps, step)
             )
-            look = bool(data.held_out) and (last or _due(config.eval.every_epochs, epochs_done))
+            look = bool(data.held_out) and (last or look_at(config, data, step))
             # Asking the other ranks costs a host sync on a GPU: there they are asked on logging steps only.
             stopping = world.quick_agreement and distributed.any_true(bool(asked), world)
             if not (save or look or stopping or step % config.run.log_every == 0):
@@ -165,12 +177,14 @@ def _loop(
                 resume_module.save(trainer, data, run.path, step)
                 saved = step
                 run.status("running", step=step)
-            if look:
+            if look and (last or not leave):
                 results, evaluated = _evaluate(trainer, data, log, step), step
             if leave and not last:
                 state = "preempted"
                 break
             mark = Mark(step, loader.wait_s)
+    if state == "completed" and step < stop:
+        raise RuntimeError(f"train: the loader must give batches up to step {stop}, it ended at step {step}")
     if saved != step:
         resume_module.save(trainer, data, run.path, step)
     if state == "completed" and evaluated != step and data.held_out:
@@ -189,6 +203,12 @@ def _due(every: int, count: int) -> bool:
     return every > 0 and count > 0 and count % every == 0
 
 
+def look_at(config: Config, data: Dataset, step: int) -> bool:
+    """Whether the model is evaluated after ``step`` steps, the end of the run apart."""
+    epochs, rest = divmod(step, data.steps_per_epoch)
+    return data.held_out > 0 and rest == 0 and _due(config.eval.every_epochs, epochs)
+
+
 def _evaluate(trainer: Trainer, data: Dataset, log: Log, step: int) -> dict[str, float]:
     assert data.index is not None
     results = trainer.evaluate(data.index)
@@ -202,14 +222,14 @@ def _check_numbers(trainer: Trainer, run: Path) -> None:
     kept = checkpoint.steps(run)
     way_out = f"the last good checkpoint is step {kept[-1]}" if kept else "no checkpoint was written yet"
     diverged, skipped = int(trainer.guard.diverged), int(trainer.guard.skipped)
-    if diverged >= 0:
+    if diverged >= 0 and skipped < MAX_SKIPPED:
         raise DivergedError(
             f"train: loss, features and gradients must be finite, got NaN or inf at step {diverged}; {way_out}; "
             "lower optim.lr, lengthen optim.warmup_epochs or use --precision fp32"
         )
-    if skipped >= MAX_SKIPPED:
+    if diverged >= 0:
         raise DivergedError(
-            f"train: fp16 gradients must be finite, got {skipped} overflows in a row; {way_out}; "
+            f"train: fp16 gradients must be finite, got {skipped} overflows in a row up to step {diverged}; {way_out}; "
             "use --precision bf16 or fp32"
         )
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from fastrex import checkpoint
-from fastrex.errors import FastrexError
 
 ROOT = Path(__file__).parents[1]
 
@@ -108,6 +107,13 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path: 
     assert checkpoint.newest_good(tmp_path, said.append) == (checkpoint.folder(tmp_path, 2), 2)
 
 
+def test_looking_without_a_writer_touches_nothing(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    damage(write(tmp_path, 2), "cut")
+    assert checkpoint.newest_good(tmp_path) == (checkpoint.folder(tmp_path, 1), 1)
+    assert checkpoint.steps(tmp_path) == [1, 2]
+
+
 def test_all_damaged_is_not_a_fresh_start(tmp_path: Path) -> None:
     damage(write(tmp_path, 2), "cut")
     assert checkpoint.newest_good(tmp_path, lambda _: None) is None
@@ -115,15 +121,30 @@ def test_all_damaged_is_not_a_fresh_start(tmp_path: Path) -> None:
     assert not checkpoint.had_any(tmp_path / "elsewhere")
 
 
-def test_a_full_disk_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+FULL = """
+import resource, sys, torch
+from pathlib import Path
+from fastrex import checkpoint
+from fastrex.errors import FastrexError
+# A limit on the size of files stands for a full disk: the kernel refuses the write in the same way.
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+import signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+try:
+    checkpoint.save(Path(sys.argv[1]), 2, {"model": {"w": torch.zeros(100_000)}}, {}, 2)
+except FastrexError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
     write(tmp_path, 1)
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint.safetensors.torch, "save_file", full)
-    with pytest.raises(FastrexError, match="No space left on device"):
-        write(tmp_path, 2)
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    result = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)], env=env, capture_output=True, text=True, check=True
+    )
+    assert "could not be written" in result.stdout
+    assert "older checkpoints are untouched" in result.stdout
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000001"]
 
 

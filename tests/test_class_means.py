@@ -31,6 +31,13 @@ def test_prototypes_carry_no_gradient_and_keep_the_dtype() -> None:
     assert class_means(z.bfloat16(), torch.arange(6), 6)[0].dtype == torch.float32
 
 
+def test_a_nan_in_the_bank_shows_in_its_prototype() -> None:
+    z = torch.ones(3, 2)
+    z[1, 0] = torch.nan
+    prototypes, _ = class_means(z, torch.tensor([0, 1, 0]), 3)
+    assert prototypes.isnan().any(1).tolist() == [False, True, False]
+
+
 def ring(size: int, dim: int = 2):
     return torch.zeros(size, dim), torch.full((size,), -1), torch.zeros(1, dtype=torch.int64)
 

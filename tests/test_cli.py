@@ -193,21 +193,41 @@ def test_bad_data_is_one_clear_line(main: Main, tmp_path: Path, how: str, messag
 
 
 def test_bad_words_are_one_clear_line(main: Main, stripes: Path, tmp_path: Path) -> None:
-    for words, message in (
-        (["trexx"], "recipe must be one of"),
-        (["demo", "optim.lrr=1"], "did you mean 'lr'"),
-        (["trex"], "pass --data FOLDER"),
-        (["demo", *SETTINGS, "--data", stripes, "optim.batch_size=65"], "optim.batch_size"),
-        (["demo", *SETTINGS, "--data", stripes, "model.arch=resnet19"], "resnet18"),
-        (["demo", *SETTINGS, "--data", stripes, "--init-from", tmp_path / "none"], "does not exist"),
-        (["demo", *SETTINGS, "--data", stripes, "--resume", "must"], "--resume must needs a run"),
+    mine = ["demo", *SETTINGS, "--data", stripes]
+    latin = tmp_path / "latin.toml"
+    latin.write_bytes(b"# caf\xe9\n")
+    for words, expected, message in (
+        (["trexx"], 2, "recipe must be one of"),
+        ([latin], 2, "must be a TOML file in UTF-8"),
+        (["demo", "optim.lrr=1"], 2, "did you mean 'lr'"),
+        (["trex"], 2, "pass --data FOLDER"),
+        ([*mine, "optim.batch_size=65"], 1, "optim.batch_size"),
+        ([*mine, "optim.batch_size=1"], 1, "must be at least 2 for BatchNorm"),
+        ([*mine, "optim.accumulate=16"], 1, "set a larger optim.batch_size"),
+        ([*mine, "model.arch=resnet19"], 2, "did you mean 'resnet18'"),
+        ([*mine, "--init-from", tmp_path / "none"], 1, "does not exist"),
+        ([*mine, "--resume", "must"], 1, "--resume must needs a run"),
+        ([*mine, "run.tensorboard=true"], 1, "pip install 'fastrex[tensorboard]'"),
     ):
         code, _, err = main("train", *words, "--out", tmp_path / "run", "--device", "cpu")
-        assert code == 1, words
+        assert code == expected, words
         assert message in one_line(err)
         assert not (tmp_path / "run").exists(), "a second try must not be refused because of the first"
-    assert main("train", "demo", "--max-steps", "0")[0] == 2
-    assert main("frain")[0] == 2
+    for words in (["train", "demo", "--max-steps", "0"], ["frain"], ["train", "--device", "tpu"]):
+        code, _, err = main(*words)
+        assert code == 2
+        assert "--help')" in one_line(err)
+    code, _, err = main("train", "--resume", "must")
+    assert code == 1
+    assert "pass --out RUN" in one_line(err)
+
+
+def test_paths_may_hold_anything(main: Main, tmp_path: Path) -> None:
+    data, out = tmp_path / 'emoji 😀 "quoted" é' / "data", tmp_path / "rün 漢"
+    write_stripes(data / "train", 5, seed=0)
+    code, _, err = main("train", "demo", *SETTINGS, "--data", data, "--out", out, "--device", "cpu", "--max-steps", "1")
+    assert code == 0, err
+    assert main("train", "--out", out, "--resume", "must", "--device", "cpu", "--max-steps", "1")[0] == 0
 
 
 def test_cuda_without_a_gpu_is_said(main: Main, stripes: Path, tmp_path: Path) -> None:
@@ -274,8 +294,8 @@ def test_evaluation_without_held_out_images_is_said(main: Main, finished: Path, 
     assert code == 1
     assert "must have held-out images" in one_line(err)
     code, _, err = main("eval", finished / "export")
-    assert code == 1
-    assert "--data" in one_line(err)
+    assert code == 2
+    assert "pass --data FOLDER" in one_line(err)
 
 
 def test_debug_shows_the_traceback(main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,16 @@ def test_zero_rows_and_empty_classes() -> None:
     assert loss[3].item() == pytest.approx(stats.lse[3].item())
 
 
+def test_a_nan_stays_a_nan() -> None:
+    # A feature gone bad must not pass for a zero row, whose loss is finite.
+    x, w, y = data()
+    x[4, 1] = math.nan
+    assert cosine_cross_entropy(x, w, y, reduction="none").isnan().nonzero().flatten().tolist() == [4]
+    x, w, y = data()
+    w[5, 0] = math.nan
+    assert cosine_cross_entropy(x, w, y, reduction="none").isnan().all()
+
+
 def test_scale_invariance_and_orthogonal_gradient() -> None:
     x, w, y = data()
     a = x.clone().requires_grad_()

@@ -184,7 +184,8 @@ def test_files_that_cannot_be_decoded_are_named(tmp_path: Path, photos: list[Pat
         list(crops([request(paths, boxes)], [(1, 16)]))
     message = str(caught.value)
     assert message.startswith(
-        f"cannot decode {str(paths[2])!r}, {str(paths[4])!r}; run `fastrex data index the folder` again"
+        f"cannot decode {str(paths[2])!r}, {str(paths[4])!r}; restore it to resume this run, "
+        "or run `fastrex data index 'the folder'`"
     )
     assert "\n" not in message
     assert not any(str(path) in message for path in photos)

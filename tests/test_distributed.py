@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, SETTINGS, environment, settings_for
+from conftest import ROOT, SETTINGS, environment, settings_for, write_stripes
 from torch import Tensor
 
 from fastrex import checkpoint, rundir
@@ -27,7 +29,8 @@ def torchrun(ranks: int, *arguments: str | Path, timeout: float = 240) -> subpro
     result = subprocess.run(
         [*launch, *map(str, arguments)], env=environment(), capture_output=True, text=True, timeout=timeout, check=False
     )
-    assert "Warning" not in result.stderr
+    if not result.returncode:
+        assert "Warning" not in result.stderr
     return result
 
 
@@ -104,6 +107,42 @@ def test_torchrun_trains_to_the_end_and_another_number_of_ranks_continues(stripe
     assert second.returncode == 0, second.stderr
     assert "resuming a run of 2 ranks with 1" in second.stdout
     assert checkpoint.steps(out)[-1] == 16
+
+
+def test_what_stops_one_rank_ends_the_job_and_is_named_in_its_status(tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "run"
+    write_stripes(data / "train", 8, seed=0)
+    arguments = ("-m", "fastrex", "train", "demo", *SETTINGS, "--data", data, "--out", out, "--device", "cpu")
+    first = torchrun(2, *arguments, "--max-steps", "1")
+    assert first.returncode == 0, first.stderr
+    victim = sorted((data / "train").rglob("*.jpg"))[3]
+    victim.write_bytes(victim.read_bytes()[:100])
+    second = torchrun(2, "-m", "fastrex", "train", "--out", out, "--resume", "must", "--device", "cpu")
+    assert second.returncode != 0
+    status = rundir.read_status(out)
+    assert status["state"] == "failed"
+    assert victim.name in status["error"]
+    lines = [line for line in second.stderr.splitlines() if line.startswith("fastrex: error [rank ")]
+    assert any(victim.name in line and "--init-from" in line for line in lines)
+
+
+def test_a_stop_signal_to_torchrun_saves_at_the_same_step_on_all_ranks(stripes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastrex"]
+    arguments = ["train", "demo", *SETTINGS, "--data", stripes, "--out", out, "--device", "cpu", "optim.epochs=500"]
+    process = subprocess.Popen(
+        [*launch, *map(str, arguments)], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 90
+    while not checkpoint.steps(out):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=60)
+    status = rundir.read_status(out)
+    assert status["state"] == "preempted"
+    assert status["step"] == status["checkpoint"]
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_refused(stripes: Path, tmp_path: Path) -> None:

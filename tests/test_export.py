@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +104,17 @@ def test_every_kind_of_source_gives_the_same_encoder(tmp_path: Path) -> None:
     assert (exported / "config.json").read_text() == (again / "config.json").read_text()
 
 
-def test_run_prefers_its_export(tmp_path: Path) -> None:
-    make_run(tmp_path / "run", SMALL)
-    older = export(checkpoint.folder(tmp_path / "run", 1), tmp_path / "run" / "export", "hf")
-    assert_same_features(load_encoder(tmp_path / "run"), load_encoder(older))
-    assert load_source(tmp_path / "run").provenance["step"] == "1"
+def test_a_run_gives_its_newest_weights_and_its_export_when_nothing_else_is_left(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    make_run(run, SMALL)
+    older = export(checkpoint.folder(run, 1), run / "export", "hf")
+    newest = checkpoint.steps(run)[-1]
+    assert newest > 1
+    assert load_source(run).provenance["step"] == str(newest)
+    assert_same_features(load_encoder(run), load_encoder(checkpoint.folder(run, newest)))
+    shutil.rmtree(run / "checkpoints")
+    assert load_source(run).provenance["step"] == "1"
+    assert_same_features(load_encoder(run), load_encoder(older))
 
 
 @pytest.mark.parametrize("prefix", ["", "encoder.", "module.model.encoder."])

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastrex.config import OptimConfig
 from fastrex.errors import FastrexError
-from fastrex.optim import GROWTH_INTERVAL, Guard, Optimizer, load_tensors
+from fastrex.optim import GROWTH_INTERVAL, MAX_SKIPPED, Guard, Optimizer, load_tensors
 from fastrex.schedule import Schedule, from_config
 from fastrex_kernels import sgd_ema_
 
@@ -139,6 +139,18 @@ def test_fp16_overflow_halves_the_scale_and_keeps_the_bank() -> None:
     assert int(guard.diverged) == -1
     guard.judge(9, FALSE, FALSE)
     assert int(guard.diverged) == 9
+
+
+def test_too_many_overflows_in_a_row_are_latched() -> None:
+    guard = Guard(fp16=True)
+    for n in range(MAX_SKIPPED - 1):
+        assert bool(guard.judge(n, TRUE, FALSE)[1])
+    skip, keep = guard.judge(MAX_SKIPPED - 1, TRUE, FALSE)
+    assert (bool(skip), bool(keep)) == (True, False)
+    scale = float(guard.scale)
+    # A good step afterwards, before anybody looked, changes nothing any more.
+    assert [bool(x) for x in guard.judge(MAX_SKIPPED, TRUE, TRUE)] == [True, False]
+    assert (int(guard.diverged), int(guard.skipped), float(guard.scale)) == (MAX_SKIPPED - 1, MAX_SKIPPED, scale)
 
 
 def test_foreign_tensors_are_refused_by_name() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SETTINGS, environment, settings_for, write_stripes
+from torchvision_shim import import_timm
 
 import fastrex
 from fastrex import checkpoint, rundir, trainer
@@ -220,8 +221,66 @@ def test_init_from_starts_the_encoder_elsewhere(quiet_run: Path, stripes: Path, 
     assert torch.equal(mine["model"]["encoder.conv1.weight"], theirs["model"]["encoder.conv1.weight"])
     assert torch.equal(mine["ema"]["encoder.conv1.weight"], theirs["model"]["encoder.conv1.weight"])
     config = configuration(stripes, "model.width=8")
-    with pytest.raises(FastrexError, match=r"--init-from must hold a resnet18 \(stem small, width 8\)"):
+    with pytest.raises(
+        FastrexError,
+        match=r"--init-from must hold a resnet18 \(stem small, width 8\) like .*, got resnet18 \(stem small, width 4\)",
+    ):
         trainer.train(config, out=tmp_path / "wide", init_from=quiet_run, device="cpu")
+
+
+def test_a_restarted_job_may_repeat_its_command(quiet_run: Path, stripes: Path, tmp_path: Path) -> None:
+    out, config = tmp_path / "run", configuration(stripes)
+    trainer.train(config, out=out, init_from=quiet_run, resume="auto", max_steps=1, device="cpu")
+    assert trainer.train(config, out=out, init_from=quiet_run, resume="auto", max_steps=2, device="cpu").step == 2
+    with pytest.raises(FastrexError, match="cannot be combined with --resume must"):
+        trainer.train(config, out=out, init_from=quiet_run, resume="must", device="cpu")
+
+
+def test_a_run_that_went_on_exports_its_newest_weights(stripes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    trainer.train(configuration(stripes), out=out, max_steps=4, device="cpu")
+    stale = (out / "export" / "model.safetensors").read_bytes()
+    trainer.train(None, out=out, resume="must", max_steps=6, device="cpu")
+    # As after a kill between the checkpoint and the export.
+    (out / "export" / "model.safetensors").write_bytes(stale)
+    facts = out / "export" / "config.json"
+    facts.unlink()
+    encoder = fastrex.load_encoder(out)
+    newest = checkpoint.load(checkpoint.folder(out, 6))[0]["model"]["encoder.conv1.weight"]
+    assert torch.equal(encoder.conv1.weight, newest)
+
+
+def test_an_evaluation_that_a_kill_swallowed_is_made_up_for(stripes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    trainer.train(configuration(stripes, "eval.every_epochs=1"), out=out, max_steps=4, device="cpu")
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    evaluation = [line for line in lines if "eval/knn" in line]
+    (out / "metrics.jsonl").write_text("".join(x for x in lines if x not in evaluation), encoding="utf-8")
+    trainer.train(None, out=out, resume="must", max_steps=5, device="cpu")
+    again = [r for r in records(out) if "eval/knn" in r and r["step"] == 4]
+    assert [r["eval/knn"] for r in again] == [json.loads(evaluation[0])["eval/knn"]]
+
+
+def test_a_timm_encoder_trains_and_resumes(stripes: Path, tmp_path: Path) -> None:
+    import_timm()
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    table = [s for s in SETTINGS if not s.startswith("model.")]
+    config = c.load("demo", [*table, "model.stem=imagenet", "model.width=64", "model.arch=timm:resnet10t"])
+    config = c.override(config, [f"data.path={json.dumps(str(stripes))}"])
+    trainer.train(config, out=straight, max_steps=3, device="cpu")
+    trainer.train(config, out=cut, max_steps=1, device="cpu")
+    trainer.train(None, out=cut, resume="must", max_steps=3, device="cpu")
+    assert final_hash(straight) == final_hash(cut)
+    assert fastrex.load_encoder(cut)(torch.zeros(1, 3, 64, 64)).shape == (1, 512)
+
+
+def test_numbers_gone_bad_are_null_in_the_log(stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastrex.schedule.Schedule.lr", lambda self, step: 1e38)
+    with pytest.raises(DivergedError):
+        trainer.train(configuration(stripes), out=tmp_path / "run", device="cpu")
+    text = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")
+    assert "NaN" not in text
+    assert any(r["train/grad_norm"] is None for r in records(tmp_path / "run"))
 
 
 def test_the_remainder_can_be_padded(stripes: Path, tmp_path: Path) -> None:

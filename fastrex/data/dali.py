@@ -5,6 +5,7 @@ DALI draws nothing here: images, boxes and sizes come with each request, so a ba
 
 from __future__ import annotations
 
+import shlex
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -210,9 +211,7 @@ def _named(error: RuntimeError, inside: Sequence[Request], root: Path) -> Runtim
     if not bad:
         return RuntimeError(f"DALI failed, though each image of the batch decodes by itself: {error}")
     names = ", ".join(repr(str(name)) for name in dict.fromkeys(bad))
-    return FastrexError(
-        f"cannot decode {names}; run `fastrex data index {root}` again, or remove what it does not find"
-    )
+    return FastrexError(f"cannot decode {names}; {way_out(root)}")
 
 
 def _decodes(file: Bytes) -> bool:
@@ -224,3 +223,11 @@ def _decodes(file: Bytes) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def way_out(root: Path) -> str:
+    """What a user can do about a file that went bad after it was indexed."""
+    return (
+        f"restore it to resume this run, or run `fastrex data index {shlex.quote(str(root))}` "
+        "and start a new run with --init-from"
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -12,8 +14,8 @@ import numpy as np
 import torch
 
 from ..config import Config
-from ..distributed import World, barrier
-from ..errors import FastrexError
+from ..distributed import World, main_first
+from ..errors import FastrexError, UsageError
 from .demo import write_digits
 from .index import Index, open_or_build
 from .loader import Batch, TrainLoader
@@ -95,6 +97,11 @@ def open_dataset(config: Config, world: World) -> Dataset:
             f"train: optim.batch_size must be a multiple of ranks x optim.accumulate = {parts}, got {batch}; "
             f"set optim.batch_size={max(1, batch // parts) * parts}"
         )
+    if batch // config.optim.accumulate < 2:
+        raise FastrexError(
+            f"train: optim.batch_size / optim.accumulate must be at least 2 for BatchNorm, got {batch} / "
+            f"{config.optim.accumulate}; set a larger optim.batch_size"
+        )
     if config.data.path == SYNTHETIC:
         counts = np.full(SYNTHETIC_CLASSES, SYNTHETIC_IMAGES // SYNTHETIC_CLASSES)
         names = tuple(f"class-{c:04d}" for c in range(SYNTHETIC_CLASSES))
@@ -122,14 +129,21 @@ def open_dataset(config: Config, world: World) -> Dataset:
 
 
 def open_index(config: Config, world: World) -> Index:
-    """The index of ``data.path``; rank 0 builds it, the others read what it wrote."""
+    """The index of ``data.path``; rank 0 builds it where there is none, the others read what it wrote."""
     if not config.data.path and config.recipe != "demo":
-        raise FastrexError(f"train: recipe {config.recipe!r} needs images; pass --data FOLDER (or --data synthetic)")
-    if not world.main:
-        barrier(world)
-    index = open_or_build(
-        Path(config.data.path) if config.data.path else write_digits(), empty_classes=config.data.empty_classes
-    )
-    if world.main:
-        barrier(world)
-    return index
+        raise UsageError(f"config: data.path must name the images of recipe {config.recipe!r}; pass --data FOLDER")
+    with main_first(world):
+        folder = Path(config.data.path) if config.data.path else write_digits()
+        return open_or_build(folder, empty_classes=config.data.empty_classes, progress=_Progress(folder))
+
+
+class _Progress:
+    """A line on stderr every ten seconds of an index that takes long."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.last = folder, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() - self.last > 10:
+            self.last = time.monotonic()
+            print(f"indexing {self.folder}: {done} of {total} files", file=sys.stderr, flush=True)

@@ -110,7 +110,7 @@ def cache_dir() -> Path:
 
 
 def default_path(root: str | Path) -> Path:
-    """Where ``fastrex data index`` puts the index of ``root``: ``.fastrex/index.npz`` in it, or in the cache folder if it
+    """Where ``fastrex data index`` puts the index of ``root``: ``.fastrex/index.npz`` in it, or the cache folder if it
     is read-only."""
     inside, cached = _stored_paths(root)
     folder = inside.parent

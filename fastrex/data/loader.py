@@ -6,7 +6,6 @@ and gives the same bits.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -23,6 +22,7 @@ from torch import Tensor
 from fastrex_kernels.augment import OFF, augment
 
 from ..config import DataConfig
+from ..distributed import own_cores
 from ..errors import FastrexError
 from . import dali
 from .ahead import Ahead
@@ -68,7 +68,7 @@ class Reader:
 
     def _read(self, row: int) -> dali.Bytes:
         path, size = self._index.path(row), int(self._index.sizes[row])
-        way_out = f"run `fastrex data index {self._index.root}` again"
+        way_out = dali.way_out(self._index.root)
         try:
             content = np.fromfile(path, dtype=np.uint8)
         except OSError as error:
@@ -292,8 +292,3 @@ class EvalLoader(_Loader[tuple[Tensor, Tensor, Rows]]):
 
     def _tensors(self, item: tuple[Tensor, Tensor, Rows]) -> tuple[Tensor, ...]:
         return item[:2]
-
-
-def own_cores() -> int:
-    """The cores of this process, shared with the other ranks that torchrun started on this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -13,10 +13,11 @@ from PIL import Image, ImageDraw, ImageOps
 from fastrex_kernels.augment import augment
 
 from ..config import DataConfig
+from ..distributed import own_cores
 from ..errors import FastrexError
 from . import dali
 from .index import Index
-from .loader import Reader, Rows, own_cores
+from .loader import Reader, Rows
 from .plan import BLUR, BRIGHTNESS, CONTRAST, FLIP, GRAY, HUE, ORDER, ORDERS, SATURATION, SOLARIZE, SOLARIZE_OFF, Plan
 
 CELL, CAPTION, GAP = 160, 36, 6  # pixels: side of a picture, height of its text, space around both

@@ -17,7 +17,8 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from fastrex_kernels.batch_norm_act import batch_norm_act
 
-from ..errors import FastrexError
+from ..errors import FastrexError, UsageError
+from ..settings import nearest
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -193,16 +194,21 @@ def build_encoder(model: ModelConfig) -> nn.Module:
 
     Raises:
         FastrexError: timm is not installed, does not know NAME, or ``stem``/``width`` were changed for a timm model.
-        ValueError: unknown arch, stem or width.
+        UsageError: unknown arch.
     """
     if not model.arch.startswith("timm:"):
+        if model.arch not in ARCHS:
+            raise UsageError(
+                f"config: model.arch must be one of {', '.join(ARCHS)} or timm:NAME, got {model.arch!r}"
+                f"{nearest(model.arch, list(ARCHS))}"
+            )
         return ResNet(
             model.arch, stem=model.stem, width=model.width, bn_momentum=model.bn_momentum, bn_eps=model.bn_eps
         )
     if model.stem != "imagenet" or model.width != 64:
         raise FastrexError(
-            f"build_encoder: model.stem and model.width must keep their defaults for {model.arch}, "
-            f"got {model.stem!r} and {model.width}; they shape fastrex's own ResNets"
+            f"train: model.stem and model.width must keep their defaults for {model.arch}, got {model.stem!r} and "
+            f"{model.width}; set model.stem=imagenet model.width=64"
         )
     return timm_encoder(model.arch.removeprefix("timm:"))
 
@@ -211,8 +217,12 @@ def timm_encoder(name: str) -> nn.Module:
     """timm's model ``name`` with fresh weights and no classifier; ``num_features`` is the length of its output."""
     try:
         import timm
-    except ImportError as error:
-        raise FastrexError(f"model.arch timm:{name} needs timm ({error}): pip install timm") from error
+    except (ImportError, RuntimeError) as error:
+        # A torchvision that was built for another torch fails with a RuntimeError of its operators.
+        reason = str(error).splitlines()[0]
+        raise FastrexError(
+            f"model.arch timm:{name} needs timm and a torchvision that fits this torch ({reason}): pip install timm"
+        ) from error
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name[:6]}*")[:5]) or "see timm.list_models()"
         raise FastrexError(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any
 
 from ..config import OBJECTIVE, Config
-from ..errors import FastrexError
-from ..settings import build
+from ..errors import UsageError
+from ..settings import build, nearest
 from .base import Objective
 from .class_means import ClassMeans
 from .cosine_softmax import CosineSoftmax
@@ -22,9 +21,10 @@ def lookup(name: str) -> type[Objective]:
     """The objective called ``name``; an unknown one is an error that names the nearest."""
     table = {kind.name: kind for kind in OBJECTIVES}
     if name not in table:
-        close = difflib.get_close_matches(name, list(table), n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise FastrexError(f"config: objective.name must be one of {', '.join(table)}, got {name!r}{hint}")
+        known = list(table)
+        raise UsageError(
+            f"config: objective.name must be one of {', '.join(known)}, got {name!r}{nearest(name, known)}"
+        )
     return table[name]
 
 

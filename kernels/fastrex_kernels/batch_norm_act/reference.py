@@ -113,18 +113,18 @@ class _JoinedBatchNorm(torch.autograd.Function):
             grad = torch.zeros_like(input)
         dtype = torch.promote_types(input.dtype, torch.float32)
         mean, var, scale = mean.to(dtype), var.to(dtype), weight.to(dtype)
+        inverse = torch.rsqrt(var + ctx.eps)
         # The two sums of the rank's own rows: of g * (x - mean) / std and of g.
         grad_weight, grad_bias = torch.zeros_like(scale), torch.zeros_like(scale)
         if input.numel():
             _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-                grad, input, scale, mean, var, None, None, False, ctx.eps, [False, True, True]
+                grad, input, scale, mean, var, mean, inverse, False, ctx.eps, [False, True, True]
             )
         grad_input = None
         if ctx.needs_input_grad[0]:
             sums = torch.stack((grad_bias, grad_weight)).double()
             dist.all_reduce(sums, group=ctx.group)
             mean_grad, mean_grad_normed = (sums / count).to(dtype)
-            inverse = torch.rsqrt(var + ctx.eps)
             # In steps on one buffer: dx = scale / std * (g - mean(g) - normed * mean(g * normed)).
             work = (input - _columns(mean, input)).mul_(_columns(inverse * mean_grad_normed, input))
             work = work.add_(_columns(mean_grad, input)).neg_().add_(grad).mul_(_columns(scale * inverse, input))

@@ -20,7 +20,7 @@ def class_means_reference(features: Tensor, labels: Tensor, num_classes: int) ->
     counts.index_add_(0, slot, torch.ones_like(slot))
     total = total[:num_classes]
     norm = torch.linalg.vector_norm(total, dim=1, keepdim=True)
-    live = norm > EPS
+    live = ~(norm <= EPS)  # so that a NaN stays one
     return torch.where(live, total / torch.where(live, norm, 1.0), 0.0), counts[:num_classes]
 
 

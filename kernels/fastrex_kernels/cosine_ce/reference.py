@@ -13,7 +13,7 @@ def unit_rows(x: Tensor) -> Tensor:
     """Rows of ``x`` [R, D] divided by their l2 norm; a row whose norm is at most 1e-12 becomes 0 and gets no
     gradient."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    live = norm > EPS
+    live = ~(norm <= EPS)  # so that a NaN stays one
     return torch.where(live, x / torch.where(live, norm, 1.0), 0.0)
 
 
