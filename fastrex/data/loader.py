@@ -7,6 +7,7 @@ and gives the same bits.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -79,7 +80,7 @@ class Reader:
         return content
 
 
-class _Loader(Generic[Item]):
+class _Loader(ABC, Generic[Item]):
     """What both loaders share: a background thread per iteration, the time waited for it, hand-over between streams."""
 
     def __init__(self, index: Index, data: DataConfig, device: Device, dtype: torch.dtype, threads: int) -> None:
@@ -137,11 +138,13 @@ class _Loader(Generic[Item]):
                 event.record(stream)
                 yield item, event
 
+    @abstractmethod
     def _items(self) -> Iterator[Item]:
-        raise NotImplementedError
+        """The batches in order, made in the background thread."""
 
+    @abstractmethod
     def _tensors(self, item: Item) -> tuple[Tensor, ...]:
-        raise NotImplementedError
+        """What of an item lies on the device."""
 
     def _augment(self, crops: Tensor, params: Tensor) -> Tensor:
         return augment(crops, self._pinned(params), mean=self.data.mean, std=self.data.std, dtype=self.dtype)
