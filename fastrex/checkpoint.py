@@ -82,19 +82,29 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Read a checkpoint folder and verify every checksum.
 
     Raises:
-        BadCheckpoint: a file is missing, cut, changed or surplus, or the format is newer than this program.
+        BadCheckpoint: a file is missing, cut or changed, or the format is not the one that this program reads.
     """
     state = read_state(path)
     parts = {}
-    for name, fact in state["files"].items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != fact["bytes"] or digest(file) != fact["sha256"]:
-            raise BadCheckpoint(f"checkpoint: {file} must match its checksum in {STATE}, it is damaged or missing")
+    for name in state["files"]:
+        file = verified(path, state, name)
         try:
             parts[file.stem] = safetensors.torch.load_file(file)
         except (safetensors.SafetensorError, ValueError) as error:
             raise BadCheckpoint(f"checkpoint: {file} is no safetensors file ({error})") from None
     return parts, state
+
+
+def verified(path: Path, state: Mapping[str, Any], name: str) -> Path:
+    """The file ``name`` of the checkpoint ``path``, once it matches what the manifest says of it.
+
+    Raises:
+        BadCheckpoint: it is missing, damaged, or not in the manifest.
+    """
+    file, fact = path / name, state["files"].get(name)
+    if fact is None or not file.is_file() or file.stat().st_size != fact["bytes"] or digest(file) != fact["sha256"]:
+        raise BadCheckpoint(f"checkpoint: {file} must match its checksum in {STATE}, it is damaged or missing")
+    return file
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -173,15 +173,16 @@ def _from_run(run: Path) -> Source:
 
 def _from_checkpoint(path: Path) -> Source:
     manifest = checkpoint.read_state(path)
-    file, fact = path / WEIGHTS, manifest["files"].get(WEIGHTS)
-    if fact is None or not file.is_file() or checkpoint.digest(file) != fact["sha256"]:
-        raise checkpoint.BadCheckpoint(
-            f"checkpoint: {file} must match its checksum in {checkpoint.STATE}, it is damaged or missing"
-        )
+    file = checkpoint.verified(path, manifest, WEIGHTS)
     tensors = {key: value for key, value in _tensors(file).items() if key.startswith("encoder.")}
     state = {key.removeprefix("encoder."): value for key, value in tensors.items()}
     run = path.resolve().parent.parent
-    provenance = {"run": run.name, "step": str(manifest["step"]), "sha256": fact["sha256"], "prefix": "encoder."}
+    provenance = {
+        "run": run.name,
+        "step": str(manifest["step"]),
+        "sha256": manifest["files"][WEIGHTS]["sha256"],
+        "prefix": "encoder.",
+    }
     if not (run / CONFIG).is_file():
         return Source(state, _arch(state, path, {}), provenance=provenance)
     config = config_module.read(run / CONFIG)

@@ -53,36 +53,22 @@ class Dataset:
 
     def batches(self, start: int, stop: int, world: World) -> AbstractContextManager[Batches]:
         """The micro-batches of this rank for steps ``start`` to ``stop`` (exclusive)."""
+        config = self.config
+        share: dict[str, Any] = {
+            "device": world.device,
+            "dtype": torch.float32,
+            "start": start,
+            "stop": stop,
+            "micros": config.optim.accumulate,
+            "rank": world.rank,
+            "world": world.size,
+        }
         if self.index is None or self.plan is None:
-            return SyntheticLoader(
-                self.config.data,
-                self.config.augment,
-                len(self.classes),
-                self.config.optim.batch_size,
-                device=world.device,
-                dtype=torch.float32,
-                start=start,
-                stop=stop,
-                micros=self.config.optim.accumulate,
-                rank=world.rank,
-                world=world.size,
-                seed=self.config.run.seed,
-                steps_per_epoch=self.steps_per_epoch,
-            )
-        data = self.config.data
-        return TrainLoader(
-            self.index,
-            self.plan,
-            data,
-            device=world.device,
-            dtype=torch.float32,
-            start=start,
-            stop=stop,
-            micros=self.config.optim.accumulate,
-            rank=world.rank,
-            world=world.size,
-            threads=data.threads or world.threads,
-        )
+            classes, batch, seed = len(self.classes), config.optim.batch_size, config.run.seed
+            more: dict[str, Any] = {"seed": seed, "steps_per_epoch": self.steps_per_epoch}
+            return SyntheticLoader(config.data, config.augment, classes, batch, **share, **more)
+        threads = config.data.threads or world.threads
+        return TrainLoader(self.index, self.plan, config.data, **share, threads=threads)
 
 
 def open_dataset(config: Config, world: World) -> Dataset:

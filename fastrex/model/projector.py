@@ -39,7 +39,6 @@ class Projector(nn.Module):
             features = cfg.hidden_dim
         layers.append(nn.Linear(features, cfg.out_dim, bias=False))
         self.layers = nn.Sequential(*layers)
-        self.out_features = cfg.out_dim
         for layer in layers:
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
