@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-triton lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/fastrex train demo
@@ -21,8 +21,8 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch first: the build of the package imports it (csrc/ is compiled against the torch that runs it).
-$(VENV)/installed: setup.py pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) -c constraints.txt setuptools wheel torch numpy
+$(VENV)/installed: setup.py pyproject.toml constraints.txt $(wildcard csrc/*) | $(VENV)/bin/python
+	$(PIP) -c constraints.txt setuptools wheel ninja torch numpy
 	$(PIP) -c constraints.txt --no-build-isolation -e '.[train]'
 	touch $@
 
@@ -32,5 +32,16 @@ $(VENV)/dev: $(VENV)/installed
 	$(PIP) -c constraints.txt --no-deps torchvision timm
 	touch $@
 
+# The kernels on every Triton that a supported torch brings: compiled ahead of time, and run in the interpreter.
+TRITONS := 3.6.0 3.7.1 3.9.0
+test-triton: $(VENV)/dev $(TRITONS:%=.triton/%)
+	for version in $(TRITONS); do \
+	  echo "Triton $$version" && \
+	  PYTHONPATH=.triton/$$version $(BIN)/python -m pytest -q tests/test_aot.py tests/test_contract.py -k 'aot or triton' || exit 1; \
+	done
+
+.triton/%:
+	$(PIP) --no-deps --target $@ triton==$*
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .triton build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._op import resolve
+from .._op import choose
 from .reference import augment_reference
 
 # Columns of the parameters. The planner of a data pipeline may not import torch, so it repeats these numbers.
@@ -15,7 +15,6 @@ FLIP, ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, BLUR, SOLARIZE = range
 NUM_PARAMS = 9
 OFF = (0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 256.0)
 
-AUGMENTS = {"reference": augment_reference}
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -54,10 +53,9 @@ def augment(
     Raises:
         ValueError, TypeError: naming the argument and the fact.
     """
-    run = resolve("augment", impl, AUGMENTS)
     _check(images, params, mean, std, dtype)
-    out: Tensor = run(images, params, tuple(mean), tuple(std), dtype)
-    return out
+    choose("augment", impl, images, kernels=())
+    return augment_reference(images, params, tuple(mean), tuple(std), dtype)
 
 
 def _check(images: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> None:
