@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from .._op import resolve
+from .._op import choose, raw
+from .function import PACKAGE, BatchStatistics, GivenStatistics, JoinedStatistics, check_count, rows_of
 from .reference import batch_norm_act_reference
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-_IMPLEMENTATIONS = {"reference": batch_norm_act_reference}
 
 
 def batch_norm_act(
@@ -53,7 +53,8 @@ def batch_norm_act(
         process_group: in training, statistics are those of the joined batch of all ranks of this group, which may
             hold different (also zero) numbers of rows: one all-reduce forward, one backward. The gradients of
             ``weight`` and ``bias`` are the rank's own share, so that their sum over ranks is the joined gradient.
-        impl: "auto" or "reference".
+        impl: "auto", "reference", "cpp" or "triton". The kernels take fp32, bf16 and fp16, [N, C] or channels-last;
+            "auto" leaves anything else to the reference. They are deterministic, and differentiable once.
 
     Returns:
         Tensor of the shape, dtype and memory format of ``input``. Statistics are fp32 or better for every dtype.
@@ -95,8 +96,76 @@ def batch_norm_act(
         raise ValueError(f"batch_norm_act: momentum must be in [0, 1], got {momentum}")
     if not eps >= 0.0:
         raise ValueError(f"batch_norm_act: eps must not be negative, got {eps}")
-    run = resolve("batch_norm_act", impl, _IMPLEMENTATIONS)
-    result: Tensor = run(
-        input, weight, bias, running_mean, running_var, residual, relu, training, momentum, eps, process_group
-    )
+    impl = _choose(impl, input)
+    if impl == "reference":
+        return batch_norm_act_reference(
+            input, weight, bias, running_mean, running_var, residual, relu, training, momentum, eps, process_group
+        )
+    input = rows_of(input)
+    if residual is not None:
+        residual = rows_of(residual)
+    if weight.dtype != torch.float32:
+        weight, bias = weight.float(), bias.float()
+    if not training:
+        return _given(input, weight, bias, running_mean, running_var, residual, relu, eps, impl)
+    count = None
+    rows = input.numel() // max(input.shape[1], 1)
+    if process_group is not None and dist.get_world_size(process_group) > 1:
+        output, mean, var, count, _ = JoinedStatistics.apply(  # type: ignore[no-untyped-call]
+            input, weight, bias, residual, relu, eps, impl, process_group
+        )
+    else:
+        check_count(rows)
+        output, mean, var = _batch(input, weight, bias, residual, relu, eps, impl)
+    # Here and not in the autograd.Function: a traced program must see the mutation.
+    if running_mean is not None:
+        raw(PACKAGE, "bn_track_", impl)(running_mean, running_var, mean, var, count, rows, momentum)
+    result: Tensor = output
     return result
+
+
+def _choose(impl: str, input: Tensor) -> str:
+    """The implementation for ``input``: the kernels need channels side by side."""
+    chosen = choose("batch_norm_act", impl, input)
+    if chosen == "reference" or input.dim() == 2 or input.stride(1) == 1:
+        return chosen
+    if input.is_contiguous(memory_format=torch.channels_last):  # one channel, or none, or nothing at all
+        return chosen
+    if impl == "auto":
+        return "reference"
+    raise ValueError(
+        f"batch_norm_act: input must be channels-last for impl={impl!r}, got strides {list(input.stride())}; "
+        f"use input.contiguous(memory_format=torch.channels_last) or impl='reference'"
+    )
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _batch(
+    input: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool, eps: float, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, mean and biased variance of the batch."""
+    if _needs_gradient(input, weight, bias, residual):
+        output, mean, var, _ = BatchStatistics.apply(  # type: ignore[no-untyped-call]
+            input, weight, bias, residual, relu, eps, impl
+        )
+    else:
+        output, mean, var, _ = raw(PACKAGE, "bn_act", impl)(input, weight, bias, residual, relu, eps, False)
+    return output, mean, var
+
+
+def _given(
+    input: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, var: Tensor | None, residual: Tensor | None,
+    relu: bool, eps: float, impl: str,
+) -> Tensor:  # fmt: skip
+    """Output with the running statistics."""
+    output: Tensor
+    if _needs_gradient(input, weight, bias, residual):
+        output, _ = GivenStatistics.apply(  # type: ignore[no-untyped-call]
+            input, weight, bias, residual, mean, var, relu, eps, impl
+        )
+    else:
+        output, _ = raw(PACKAGE, "bn_apply", impl)(input, mean, var, weight, bias, residual, relu, eps, False)
+    return output
