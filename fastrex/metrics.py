@@ -16,7 +16,8 @@ from .config import Config
 from .distributed import World, sum_
 from .errors import FastrexError
 
-LOGGED = {"empty_classes": "bank/empty_classes"}  # every other device value is logged as train/<name>
+# Every other device value is logged as train/<name>.
+LOGGED = {"empty_classes": "bank/empty_classes", "age": "bank/age"}
 
 
 class Meter:

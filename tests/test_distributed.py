@@ -69,8 +69,8 @@ def test_two_ranks_equal_one_in_double_precision(stripes: Path, tmp_path: Path, 
     assert logs[0]["losses"] == pytest.approx(log_one["losses"], rel=1e-8)
     assert distance(one, two[0]) < 1e-8
     if objective == "class_means":
-        assert torch.equal(one["bank/labels"], two[0]["bank/labels"])
-        assert torch.equal(one["bank/pointer"], two[0]["bank/pointer"])
+        assert torch.equal(one["bank/means.labels"], two[0]["bank/means.labels"])
+        assert torch.equal(one["bank/means.pointer"], two[0]["bank/means.pointer"])
 
 
 def test_two_ranks_in_single_precision_stay_as_close_as_two_nudged_runs(stripes: Path, tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_two_ranks_in_single_precision_stay_as_close_as_two_nudged_runs(stripes:
     assert distance(one, two[0]) <= 2 * distance(one, nudged)
     assert logs[0]["eval"] == logs[1]["eval"] == log_one["eval"]
     assert log_one["eval"]["eval/images"] == 16
-    assert torch.equal(one["bank/labels"], two[0]["bank/labels"])
+    assert torch.equal(one["bank/means.labels"], two[0]["bank/means.labels"])
 
 
 def test_accumulation_commutes_with_ranks(stripes: Path, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_accumulation_commutes_with_ranks(stripes: Path, tmp_path: Path) -> None
     (one,), (log_one,) = run(tmp_path / "one", 1, stripes, "float64", 6, settings)
     two, _ = run(tmp_path / "two", 2, stripes, "float64", 6, settings)
     assert distance(one, two[0]) < 1e-9
-    assert torch.equal(one["bank/labels"], two[0]["bank/labels"])
+    assert torch.equal(one["bank/means.labels"], two[0]["bank/means.labels"])
     assert len(log_one["losses"]) == 6
 
 

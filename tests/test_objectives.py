@@ -109,6 +109,8 @@ def test_empty_classes_are_counted() -> None:
     objective.update_(torch.randn(4, 4), torch.tensor([0, 0, 1, 3]))
     _, metrics = objective(torch.randn(2, 4), torch.tensor([0, 2]))
     assert metrics["empty_classes"].item() == 2
+    # Slots 3, 1 and 2 of the ring hold the newest entries of classes 3, 0 and 1: 0, 2 and 1 entries old.
+    assert metrics["age"].item() == 1
 
 
 def test_expected_empty_share() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, environment
 
 from fastrex import config as c
 
@@ -15,9 +17,20 @@ def python_blocks(path: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.S)
 
 
+# torch.compile uses parts of torch that torch itself has deprecated.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("number", range(len(python_blocks(ROOT / "kernels" / "README.md"))))
-def test_examples_of_the_kernels(number: int) -> None:
-    exec(compile(python_blocks(ROOT / "kernels" / "README.md")[number], "kernels/README.md", "exec"), {})
+def test_examples_of_the_kernels(number: int, tmp_path: Path) -> None:
+    code = python_blocks(ROOT / "kernels" / "README.md")[number]
+    if "init_process_group" not in code:
+        exec(compile(code, "kernels/README.md", "exec"), {})
+        return
+    script = tmp_path / "train.py"
+    script.write_text(code, encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+    result = subprocess.run(launch, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def test_examples_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,8 @@ def test_a_run_leaves_everything_behind(quiet_run: Path, stripes: Path) -> None:
     assert (status["state"], status["step"], status["checkpoint"]) == ("completed", 16, 16)
     train = [r for r in records(quiet_run) if "train/loss" in r]
     assert [r["step"] for r in train] == list(range(1, 17))
-    assert {"train/lr", "train/top1", "perf/images_per_s", "perf/data_wait", "bank/empty_classes"} <= train[0].keys()
+    names = {"train/lr", "train/top1", "perf/images_per_s", "perf/data_wait", "bank/empty_classes", "bank/age"}
+    assert names <= train[0].keys()
     last = (quiet_run / "train.log").read_text(encoding="utf-8").splitlines()[-3:]
     assert "accuracy: top-1" in last[0]
     assert last[1].endswith("export/model.safetensors")
@@ -172,8 +173,8 @@ def test_accumulation_moves_bank_and_weights_once_per_step(stripes: Path, tmp_pa
     trainer.train(configuration(stripes, "optim.accumulate=2"), out=halves, max_steps=1, device="cpu")
     a = checkpoint.load(checkpoint.folder(whole, 1))[0]
     b = checkpoint.load(checkpoint.folder(halves, 1))[0]
-    assert torch.equal(a["bank"]["labels"], b["bank"]["labels"])
-    assert a["bank"]["pointer"].item() == b["bank"]["pointer"].item() == 16
+    assert torch.equal(a["bank"]["means.labels"], b["bank"]["means.labels"])
+    assert a["bank"]["means.pointer"].item() == b["bank"]["means.pointer"].item() == 16
     # The first learning rate of the warm-up is 0: no weight has moved yet, with or without accumulation.
     assert torch.equal(a["model"]["encoder.conv1.weight"], b["model"]["encoder.conv1.weight"])
     assert "per micro-batch of 8 images" in (halves / "train.log").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrex_kernels import bank_update_, class_means, cosine_cross_entropy
+from fastrex_kernels import OnlineClassMeans
 
 from ..settings import setting
 from .base import Objective, hit_metrics
@@ -34,31 +34,25 @@ class ClassMeans(Objective):
     name: ClassVar[str] = "class_means"
     needs_ema: ClassVar[bool] = True
     Options: ClassVar[type[Any]] = ClassMeansOptions
-    features: Tensor
-    labels: Tensor
-    pointer: Tensor
 
     def __init__(self, in_features: int, num_classes: int, options: ClassMeansOptions, *, seed: int) -> None:
         super().__init__(in_features, num_classes, options, seed=seed)
-        generator = torch.Generator().manual_seed(seed)
-        self.register_buffer("features", torch.randn(options.bank_size, in_features, generator=generator))
-        self.register_buffer("labels", torch.randint(num_classes, (options.bank_size,), generator=generator))
-        self.register_buffer("pointer", torch.zeros(1, dtype=torch.int64))
+        # No process group: the loop gathers the features of all ranks itself, with those of its micro-batches.
+        self.means = OnlineClassMeans(
+            in_features, num_classes, options.bank_size, temperature=options.temperature, reduction="none", seed=seed
+        )
 
     def forward(self, features: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        prototypes, counts = class_means(self.features, self.labels, self.num_classes)
-        loss, stats = cosine_cross_entropy(
-            features, prototypes, target, temperature=self.options.temperature, reduction="none", return_stats=True
-        )
-        return loss, {**hit_metrics(stats.rank), "empty_classes": (counts == 0).sum().float()}
+        loss, stats = self.means(features, target, return_stats=True)
+        health = self.means.health(drift=False)
+        return loss, {**hit_metrics(stats.rank), **{name: health[name] for name in ("empty_classes", "age")}}
 
-    @torch.no_grad()
     def update_(self, ema_features: Tensor, target: Tensor, *, keep: Tensor | None = None) -> None:
-        bank_update_(self.features, self.labels, self.pointer, ema_features, target, keep=keep)
+        self.means.update_(ema_features, target, keep)
 
     @torch.no_grad()
     def predict(self, features: Tensor) -> Tensor:
-        prototypes, _ = class_means(self.features, self.labels, self.num_classes)
+        prototypes = self.means.prototypes()
         return F.normalize(features.to(prototypes.dtype), dim=1) @ prototypes.T
 
     def notices(self, class_counts: Any) -> list[str]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastrex_kernels import cosine_cross_entropy
+from fastrex_kernels import CosineHead
 
 from ..settings import setting
 from .base import Objective, hit_metrics
@@ -35,15 +33,14 @@ class CosineSoftmax(Objective):
 
     def __init__(self, in_features: int, num_classes: int, options: CosineSoftmaxOptions, *, seed: int) -> None:
         super().__init__(in_features, num_classes, options, seed=seed)
-        generator = torch.Generator().manual_seed(seed)
-        bound = 1 / math.sqrt(in_features)
-        self.weight = nn.Parameter((torch.rand(num_classes, in_features, generator=generator) * 2 - 1) * bound)
+        self.head = CosineHead(in_features, num_classes, temperature=options.temperature, reduction="none")
+        self.head.reset_parameters(torch.Generator().manual_seed(seed))
 
     def forward(self, features: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, stats = cosine_cross_entropy(
-            features, self.weight, target, temperature=self.options.temperature, reduction="none", return_stats=True
-        )
+        loss, stats = self.head(features, target, return_stats=True)
         return loss, hit_metrics(stats.rank)
 
+    @torch.no_grad()
     def predict(self, features: Tensor) -> Tensor:
-        return F.normalize(features.float(), dim=1) @ F.normalize(self.weight.detach().float(), dim=1).T
+        logits: Tensor = self.head.logits(features)
+        return logits

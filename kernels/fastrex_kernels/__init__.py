@@ -4,15 +4,23 @@ Every operator has a reference in eager PyTorch that defines it; ``impl="auto"``
 this installation has for the tensors' device.
 """
 
+from ._op import backend
 from .augment import augment
 from .batch_norm_act import batch_norm_act
 from .class_means import bank_update_, class_means
 from .cosine_ce import Stats, cosine_cross_entropy
+from .modules import CosineCrossEntropyLoss, CosineHead, OnlineClassMeans
+from .ops import OPS
 from .sgd_ema import sgd_ema_
 
 __all__ = [
+    "OPS",
+    "CosineCrossEntropyLoss",
+    "CosineHead",
+    "OnlineClassMeans",
     "Stats",
     "augment",
+    "backend",
     "bank_update_",
     "batch_norm_act",
     "class_means",
