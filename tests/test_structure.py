@@ -51,9 +51,15 @@ def outside(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if "kernels" in p.parts], ids=module)
 def test_kernels_stand_alone(path: Path) -> None:
-    triton = {"triton"} if path.name in ("kernel.py", "_triton.py") else set()
+    triton = {"triton"} if re.fullmatch(r"kernel.*\.py|_triton\.py", path.name) else set()
     assert outside(path) <= {"torch"} | triton
     assert not any(n == "fastrex" or n.startswith("fastrex.") for n in imported(path))
+
+
+def test_definition_and_kernels_are_independent() -> None:
+    for path in SOURCES:
+        other = {"reference.py": ".kernel", "kernel.py": ".reference"}.get(path.name)
+        assert not other or not [n for n in imported(path) if n.endswith(other)], module(path)
 
 
 def test_kernels_is_never_a_package() -> None:
