@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +281,22 @@ def env() -> None:
     from . import rundir
 
     click.echo(json.dumps(rundir.environment(), indent=1))
+
+
+@cli.command("bench", context_settings={"ignore_unknown_options": True}, add_help_option=False)
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="kernels|curve [OPTIONS]")
+def bench(words: tuple[str, ...]) -> None:
+    """Measure the kernels beside their rivals; fastrex bench --help lists what else."""
+    # An installation has the benchmarks inside this package, a checkout beside it.
+    root = Path(__file__).parents[1]
+    try:
+        module = import_module("fastrex.bench.__main__")
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("fastrex.bench") or not (root / "benchmarks" / "kernels.py").is_file():
+            raise
+        sys.path.insert(0, str(root))
+        module = import_module("benchmarks.__main__")
+    module.main(list(words) or ["--help"], prog_name="fastrex bench", standalone_mode=False)
 
 
 class _progress:

@@ -53,6 +53,7 @@ def one_line(err: str) -> str:
 
 def test_help_of_every_command(main: Main) -> None:
     words = [[], ["train"], ["eval"], ["data"], ["data", "index"], ["data", "show"], ["data", "demo"], ["export"]]
+    words += [["bench"], ["bench", "kernels"], ["bench", "curve"]]
     for command in [*words, ["config"], ["status"], ["env"]]:
         code, out, _ = main(*command, "--help")
         assert code == 0
