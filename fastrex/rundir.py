@@ -152,6 +152,8 @@ def environment() -> dict[str, Any]:
     """Versions and hardware, for env.json and ``fastrex env``."""
     import torch
 
+    from fastrex_kernels import backend
+
     packages = {}
     for name in ("torch", "triton", "nvidia-dali-cuda130", "numpy", "safetensors", "Pillow", "scikit-learn", "timm"):
         try:
@@ -170,6 +172,7 @@ def environment() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpus": gpus,
         "cuda": torch.version.cuda or "absent",
+        "kernels": {device: backend(device) for device in ("cpu", "cuda")},
         "packages": packages,
     }
 

@@ -16,6 +16,8 @@ from types import FrameType
 
 import torch
 
+import fastrex_kernels
+
 from . import checkpoint, distributed, export, memory, objectives, rundir, schedule
 from . import resume as resume_module
 from .config import Config
@@ -82,6 +84,7 @@ def train(
         notices = [resume_module.init_from(trainer, init_from)] if init_from is not None else []
         if pooled:
             notices.append("CPU memory is pooled: what tensors free stays with this process (glibc mallopt)")
+        notices.append(f"kernels: {fastrex_kernels.backend(world.device.type)}")
         check_writers(config)
         run = rundir.RunDir(path, world)
         facts = {"world_size": world.size, "device": str(world.device), "classes": len(data.classes)}
