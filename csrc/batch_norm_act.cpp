@@ -3,9 +3,9 @@
 //   y  = relu((x - mean) * scale + shift + residual),   scale = weight / sqrt(var + eps),   g = dy where y > 0, else 0
 //   dx = scale * (g - sum(g) / n - (x - mean) * sum(g * (x - mean)) / (n * (var + eps)))
 //
-// Channels lie side by side in memory, so a batch is a flat array that is read as `rows` of `width` elements: `fold` rows
-// of C channels side by side, where width = lcm(C, BLOCK). Every block of BLOCK elements then has its own fixed channels
-// and its own bytes of the mask, whatever C is, and only the end of the array is ragged.
+// Channels lie side by side in memory, so a batch is a flat array that is read as `rows` of `width` elements: `fold`
+// rows of C channels side by side, where width = lcm(C, BLOCK). Every block of BLOCK elements then has its own fixed
+// channels and its own bytes of the mask, whatever C is, and only the end of the array is ragged.
 //
 // Rows are cut into segments by the shape alone, and every segment sums in chunks of CHUNK rows in fp32 and over chunks
 // in fp64: the bits do not depend on the number of threads. The mean is used as an fp32 part and a rest that goes into
@@ -23,6 +23,7 @@
 #include <cmath>
 #include <numeric>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -106,7 +107,9 @@ const T* pointer(const OptTensor& t) {
   return t.has_value() && t->numel() ? t->const_data_ptr<T>() : nullptr;
 }
 
-Tensor doubles(const Tensor& like, at::IntArrayRef sizes) { return at::empty(sizes, like.options().dtype(at::kDouble)); }
+Tensor doubles(const Tensor& like, at::IntArrayRef sizes) {
+  return at::empty(sizes, like.options().dtype(at::kDouble));
+}
 
 // A pass over more than the last-level cache holds writes past it: then the lines written are not read first.
 bool streams(int64_t bytes) {
@@ -277,7 +280,8 @@ std::tuple<Tensor, Tensor> inputs_of(const Shape& shape, const Tensor& grad, con
                                      const Tensor& mean, const Tensor& var, const Tensor* sums, double count, bool relu,
                                      double eps, bool want_input, bool want_residual, Vectors& to) {
   const bool split = want_residual && relu;
-  Tensor dx = want_input ? at::empty_like(input) : at::empty({0}, input.options());
+  // Nobody asks for the residual's gradient alone: then dx is computed for nothing.
+  Tensor dx = want_input || split ? at::empty_like(input) : at::empty({0}, input.options());
   Tensor dresidual = split ? at::empty_like(input) : at::empty({0}, input.options());
   if (sums) {
     const Tensor m = mean.contiguous(), v = var.contiguous();
@@ -288,7 +292,7 @@ std::tuple<Tensor, Tensor> inputs_of(const Shape& shape, const Tensor& grad, con
   by_dtype(input, [&](auto tag) {
     using T = decltype(tag);
     auto job = backward_job<T>(grad, input, mask, relu, to);
-    job.dx = want_input ? dx.mutable_data_ptr<T>() : nullptr;
+    job.dx = dx.mutable_data_ptr<T>();
     job.dresidual = split ? dresidual.mutable_data_ptr<T>() : nullptr;
     job.batch = sums != nullptr;
     job.stream = streams(input.nbytes() * (split ? 4 : 3));
@@ -296,6 +300,7 @@ std::tuple<Tensor, Tensor> inputs_of(const Shape& shape, const Tensor& grad, con
       FASTREX_DISPATCH(backward_rows, shape, job, s * shape.segment_rows, shape.end(s));
     });
   });
+  if (!want_input) dx = at::empty({0}, input.options());
   return {dx, dresidual};
 }
 

@@ -1,16 +1,10 @@
 // Loops of batch_norm_act over the rows of one segment; see batch_norm_act.cpp for the formulas and the cut.
 //
-// A thread owns a segment: it reads x (and the gradient) once per pass and writes every output once, strictly in the order
-// of memory: four rows side by side, which would load a channel's numbers once instead of four times, took twice as long
-// on large tensors. Numbers per channel stay in the first cache levels.
+// A thread owns a segment: it reads x (and the gradient) once per pass and writes every output once, strictly in the
+// order of memory: four rows side by side, which would load a channel's numbers once instead of four times, took twice as
+// long on large tensors. Numbers per channel stay in the first cache levels.
 
 constexpr int V = BLOCK / W;
-
-// Asks for the block that comes one page later: the hardware's own prefetching stops where a page ends.
-template <typename T>
-static inline void ahead(const T* p) {
-  for (size_t i = 0; i < BLOCK * sizeof(T); i += 64) __builtin_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(p) + 4096 + i));
-}
 
 static inline uint32_t lanes_above(vf y, vf limit) {  // a NaN counts: torch's ReLU passes it, and its gradient
 #if defined(FASTREX_AVX512)
@@ -39,8 +33,9 @@ static inline vf keep(vf v, uint32_t bits) {
 }
 
 // store(), or past the cache: the outputs start on a cache line and blocks are multiples of a vector.
-static inline void put(float* p, vf v, bool past_cache) {
-  if (!past_cache) return store(p, v);
+template <bool STREAM>
+static inline void put(float* p, vf v) {
+  if (!STREAM) return store(p, v);
 #if defined(FASTREX_AVX512)
   _mm512_stream_ps(p, (__m512)v);
 #elif defined(FASTREX_AVX2)
@@ -65,11 +60,11 @@ static inline __m256i narrow(const c10::Half*, vf v) {
   return _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
 }
 #endif
-template <typename T>
-static inline void put(T* p, vf v, bool past_cache) {
+template <bool STREAM, typename T>
+static inline void put(T* p, vf v) {
 #if defined(FASTREX_AVX512)
   __m256i h = narrow(p, v);
-  if (past_cache)
+  if (STREAM)
     _mm256_stream_si256((__m256i*)p, h);
   else
     _mm256_storeu_si256((__m256i*)p, h);
@@ -94,8 +89,8 @@ static void scale_and_shift(const Shape& shape, const double* mean, const double
 }
 
 // dx = scale * g + (x - mean) * slope + offset
-static void slope_and_offset(const Shape& shape, const double* mean, const double* var, const double* sums, double count,
-                             double eps, const float* scale, float* slope, float* offset) {
+static void slope_and_offset(const Shape& shape, const double* mean, const double* var, const double* sums,
+                             double count, double eps, const float* scale, float* slope, float* offset) {
   const int64_t C = shape.channels;
   for (int64_t c = 0; c < C; ++c) {
     double step = -scale[c] * sums[C + c] / (count * (var[c] + eps));
@@ -106,10 +101,11 @@ static void slope_and_offset(const Shape& shape, const double* mean, const doubl
     for (float* to : {slope, offset}) std::memcpy(to + j * C, to, C * sizeof(float));
 }
 
-// Adds `rows` rows of x to sums of (x - shift) and of its square. Sums of narrow rows stay in registers: from row to row
-// they would come back from memory too late. Wide rows are read in the order of memory.
+// Adds `rows` rows of x to sums of (x - shift) and of its square. Sums of narrow rows stay in registers: from row to
+// row they would come back from memory too late. Wide rows are read in the order of memory.
 template <typename T>
-static inline void add_moments(const T* x, int64_t rows, int64_t width, const float* shift, float* sum_d, float* sum_dd) {
+static inline void add_moments(const T* x, int64_t rows, int64_t width, const float* shift, float* sum_d,
+                               float* sum_dd) {
   constexpr int N = 4;
   if (width <= 2 * N * W && width % (N * W) == 0) {
     for (int64_t c = 0; c < width; c += N * W) {
@@ -136,8 +132,8 @@ static inline void add_moments(const T* x, int64_t rows, int64_t width, const fl
     }
 }
 
-// Mean and centred second moment of rows [first, last); shifted by a chunk's first row, so that a large mean costs nothing
-// (Chan, Golub and LeVeque 1979, also for joining chunks). work: 3 * width floats.
+// Mean and centred second moment of rows [first, last); shifted by a chunk's first row, so that a large mean costs
+// nothing (Chan, Golub and LeVeque 1979, also for joining chunks). work: 3 * width floats.
 template <typename T>
 static void segment_moments(const Shape& shape, const T* x, int64_t first, int64_t last, float* work,
                             double* __restrict mean, double* __restrict moment) {
@@ -193,26 +189,24 @@ static void join_moments(int64_t first, int64_t last, const double* counts, int6
 }
 
 // One block of BLOCK elements at `at`, the channels' numbers at `c`.
-template <bool HAS_RESIDUAL, typename T>
-static inline void forward_block(const Forward<T>& job, int64_t at, int64_t c, vf limit, bool past_cache) {
+template <bool RESIDUAL, bool RELU, bool STREAM, typename T>
+static inline void forward_block(const Forward<T>& job, int64_t at, int64_t c, vf limit) {
   uint32_t bits = 0;
-  ahead(job.x + at);
-  if (HAS_RESIDUAL) ahead(job.residual + at);
   for (int v = 0; v < V; ++v) {
     const int64_t p = at + v * W, k = c + v * W;
     vf y = (load(job.x + p) - load(job.mean + k)) * load(job.scale + k) + load(job.shift + k);
-    if (HAS_RESIDUAL) y += load(job.residual + p);
-    if (job.relu) {
+    if (RESIDUAL) y += load(job.residual + p);
+    if (RELU) {
       uint32_t lanes = lanes_above(y, limit);
       y = keep(y, lanes);
       bits |= lanes << (v * W);
     }
-    put(job.y + p, y, past_cache);
+    put<STREAM>(job.y + p, y);
   }
-  if (HAS_RESIDUAL && job.mask) std::memcpy(job.mask + at / 8, &bits, sizeof(bits));
+  if (RESIDUAL && RELU && job.mask) std::memcpy(job.mask + at / 8, &bits, sizeof(bits));
 }
 
-template <bool HAS_RESIDUAL, typename T>
+template <bool RESIDUAL, bool RELU, bool STREAM, typename T>
 static void forward_rows_as(const Shape& shape, const Forward<T>& given, int64_t first, int64_t last) {
   const Forward<T> job = given;  // a copy that no store can change: its pointers stay in registers
   const int64_t width = shape.width;
@@ -220,26 +214,36 @@ static void forward_rows_as(const Shape& shape, const Forward<T>& given, int64_t
   for (int64_t r = first; r < last; ++r) {
     const int64_t length = std::min(width, shape.total - r * width);
     int64_t c = 0;
-    for (; c + BLOCK <= length; c += BLOCK) forward_block<HAS_RESIDUAL>(job, r * width + c, c, limit, job.stream);
+    for (; c + BLOCK <= length; c += BLOCK) forward_block<RESIDUAL, RELU, STREAM>(job, r * width + c, c, limit);
     if (c == length) continue;
     const int64_t at = r * width + c, left = length - c;
     T x[BLOCK] = {}, residual[BLOCK] = {}, y[BLOCK];
     uint8_t mask[BLOCK / 8];
     std::memcpy(x, job.x + at, left * sizeof(T));
-    if (HAS_RESIDUAL) std::memcpy(residual, job.residual + at, left * sizeof(T));
+    if (RESIDUAL) std::memcpy(residual, job.residual + at, left * sizeof(T));
     Forward<T> end{x, residual, job.mean, job.scale, job.shift, y, job.mask ? mask : nullptr, job.relu, false};
-    forward_block<HAS_RESIDUAL>(end, 0, c, limit, false);
+    forward_block<RESIDUAL, RELU, false>(end, 0, c, limit);
     std::memcpy(job.y + at, y, left * sizeof(T));
     if (job.mask) std::memcpy(job.mask + at / 8, mask, (left + 7) / 8);
   }
 }
 
+// f<true> or f<false>: no branch is left in the loops, where it costs as much as the memory does.
+template <typename F>
+static inline void either(bool flag, F f) {
+  flag ? f(std::true_type{}) : f(std::false_type{});
+}
+
 template <typename T>
 static void forward_rows(const Shape& shape, const Forward<T>& job, int64_t first, int64_t last) {
-  if (job.residual)
-    forward_rows_as<true>(shape, job, first, last);
-  else
-    forward_rows_as<false>(shape, job, first, last);
+  either(job.residual != nullptr, [&](auto residual) {
+    either(job.relu, [&](auto relu) {
+      either(job.stream, [&](auto stream) {
+        forward_rows_as<decltype(residual)::value, decltype(relu)::value, decltype(stream)::value>(shape, job, first,
+                                                                                                   last);
+      });
+    });
+  });
 }
 
 // The gradient behind the ReLU; `d` = x - mean. The comparison is the forward's, to the bit.
@@ -262,8 +266,6 @@ static inline uint32_t bits_at(const uint8_t* mask, int64_t at) {
 template <Gate GATE, typename T>
 static inline void add_sums(const Backward<T>& job, int64_t at, int64_t c, vf limit, float* sum_g, float* sum_gd) {
   const uint32_t bits = bits_at<GATE>(job.mask, at);
-  ahead(job.x + at);
-  ahead(job.grad + at);
   for (int v = 0; v < V; ++v) {
     const int64_t p = at + v * W, k = c + v * W;
     vf d = load(job.x + p) - load(job.mean + k);
@@ -334,24 +336,22 @@ static void join_sums(const Shape& shape, const double* total_g, const double* t
   }
 }
 
-template <Gate GATE, bool BATCH, typename T>
-static inline void backward_block(const Backward<T>& job, int64_t at, int64_t c, vf limit, bool past_cache) {
+template <Gate GATE, bool BATCH, bool RESIDUAL, bool STREAM, typename T>
+static inline void backward_block(const Backward<T>& job, int64_t at, int64_t c, vf limit) {
   const uint32_t bits = bits_at<GATE>(job.mask, at);
-  ahead(job.x + at);
-  ahead(job.grad + at);
   for (int v = 0; v < V; ++v) {
     const int64_t p = at + v * W, k = c + v * W;
     vf d{};
     if (BATCH || GATE == Gate::recomputed) d = load(job.x + p) - load(job.mean + k);
     vf g = gated<GATE>(load(job.grad + p), d, job.scale + k, job.shift + k, limit, bits >> (v * W));
-    if (job.dresidual) put(job.dresidual + p, g, past_cache);
+    if (RESIDUAL) put<STREAM>(job.dresidual + p, g);
     vf dx = load(job.scale + k) * g;
     if (BATCH) dx += d * load(job.slope + k) + load(job.offset + k);
-    if (job.dx) put(job.dx + p, dx, past_cache);
+    put<STREAM>(job.dx + p, dx);
   }
 }
 
-template <Gate GATE, bool BATCH, typename T>
+template <Gate GATE, bool BATCH, bool RESIDUAL, bool STREAM, typename T>
 static void backward_rows_as(const Shape& shape, const Backward<T>& given, int64_t first, int64_t last) {
   const Backward<T> job = given;
   const int64_t width = shape.width;
@@ -359,7 +359,8 @@ static void backward_rows_as(const Shape& shape, const Backward<T>& given, int64
   for (int64_t r = first; r < last; ++r) {
     const int64_t length = std::min(width, shape.total - r * width);
     int64_t c = 0;
-    for (; c + BLOCK <= length; c += BLOCK) backward_block<GATE, BATCH>(job, r * width + c, c, limit, job.stream);
+    for (; c + BLOCK <= length; c += BLOCK)
+      backward_block<GATE, BATCH, RESIDUAL, STREAM>(job, r * width + c, c, limit);
     if (c == length) continue;
     const int64_t at = r * width + c, left = length - c;
     T grad[BLOCK] = {}, x[BLOCK] = {}, dx[BLOCK], dresidual[BLOCK];
@@ -369,25 +370,26 @@ static void backward_rows_as(const Shape& shape, const Backward<T>& given, int64
     if (GATE == Gate::stored) std::memcpy(mask, job.mask + at / 8, (left + 7) / 8);
     Backward<T> end = job;
     end.grad = grad, end.x = x, end.mask = mask;
-    end.dx = job.dx ? dx : nullptr, end.dresidual = job.dresidual ? dresidual : nullptr;
-    backward_block<GATE, BATCH>(end, 0, c, limit, false);
-    if (job.dx) std::memcpy(job.dx + at, dx, left * sizeof(T));
-    if (job.dresidual) std::memcpy(job.dresidual + at, dresidual, left * sizeof(T));
+    end.dx = dx, end.dresidual = dresidual;
+    backward_block<GATE, BATCH, RESIDUAL, false>(end, 0, c, limit);
+    std::memcpy(job.dx + at, dx, left * sizeof(T));
+    if (RESIDUAL) std::memcpy(job.dresidual + at, dresidual, left * sizeof(T));
   }
+}
+
+template <Gate GATE, bool RESIDUAL, typename T>
+static void backward_rows_gated(const Shape& shape, const Backward<T>& job, int64_t first, int64_t last) {
+  either(job.batch, [&](auto batch) {
+    either(job.stream, [&](auto stream) {
+      backward_rows_as<GATE, decltype(batch)::value, RESIDUAL, decltype(stream)::value>(shape, job, first, last);
+    });
+  });
 }
 
 template <typename T>
 static void backward_rows(const Shape& shape, const Backward<T>& job, int64_t first, int64_t last) {
-  const bool batch = job.batch;
-  switch (job.gate) {
-    case Gate::none:
-      return batch ? backward_rows_as<Gate::none, true>(shape, job, first, last)
-                   : backward_rows_as<Gate::none, false>(shape, job, first, last);
-    case Gate::stored:
-      return batch ? backward_rows_as<Gate::stored, true>(shape, job, first, last)
-                   : backward_rows_as<Gate::stored, false>(shape, job, first, last);
-    case Gate::recomputed:
-      return batch ? backward_rows_as<Gate::recomputed, true>(shape, job, first, last)
-                   : backward_rows_as<Gate::recomputed, false>(shape, job, first, last);
-  }
+  if (job.gate == Gate::none) return backward_rows_gated<Gate::none, false>(shape, job, first, last);
+  if (job.gate == Gate::recomputed) return backward_rows_gated<Gate::recomputed, false>(shape, job, first, last);
+  if (job.dresidual) return backward_rows_gated<Gate::stored, true>(shape, job, first, last);
+  backward_rows_gated<Gate::stored, false>(shape, job, first, last);
 }

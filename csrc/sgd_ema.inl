@@ -17,7 +17,8 @@ static inline void store_some(T* p, vf v, int64_t n) {
 // All arithmetic is here, for whole vectors and for what is left of a tensor alike.
 template <bool EMA>
 static inline void advance(const Step& step, float decay, vf grad, vf& param, vf& buffer, vf& ema) {
-  const vf delta = grad * splat(step.inv_scale) + param * splat(decay);
+  vf delta = grad * splat(step.inv_scale);
+  if (decay != 0.0f) delta += param * splat(decay);  // not 0 times a parameter that is infinite
   buffer = buffer * splat(step.momentum) + delta;
   param -= buffer * splat(step.lr);
   // As torch's lerp: from the nearer end, so that a rate of 1 gives the parameter itself.

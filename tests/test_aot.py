@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -23,6 +24,20 @@ ARCHITECTURES = ("80", "90", "100")
 def test_every_operator_with_kernels_has_specialisations() -> None:
     listed = {module.split(".")[1] for module in MODULES}
     assert listed == {path.parent.name for path in KERNELS.glob("*/kernel.py")}
+
+
+@pytest.mark.parametrize("operator", sorted(path.parent.name for path in KERNELS.glob("*/kernel.py")))
+def test_every_kernel_is_compiled(operator: str) -> None:
+    defined: set[str] = set()
+    listed: set[str] = set()
+    for path in (KERNELS / operator).glob("kernel*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+                defined |= {node.name} if node.name.endswith("_kernel") else set()
+            elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "AOT":
+                listed |= {name.id for name in ast.walk(node.value) if isinstance(name, ast.Name)}
+    assert defined
+    assert defined <= listed, f"not in AOT: {sorted(defined - listed)}"
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fastrex_kernels import _cpp, sgd_ema_
+from fastrex_kernels._op import INTERPRETED
 
 CPP = pytest.param("cpp", marks=pytest.mark.skipif(not _cpp.LOADED, reason=_cpp.REASON or "loaded"))
+TRITON = pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is off"))
 both = pytest.mark.parametrize("impl", ["reference", CPP])
 SHAPES = ((4, 3), (3,), (2, 6, 3, 3), (), (2500,))
 
@@ -151,7 +153,7 @@ def test_an_ema_without_momentum_is_the_parameter(impl: str) -> None:
     assert all(map(torch.equal, tensors["params"], tensors["ema_params"]))
 
 
-@both
+@pytest.mark.parametrize("impl", ["reference", CPP, TRITON])
 def test_parameters_that_require_a_gradient(impl: str) -> None:
     tensors = state()
     tensors["params"] = [nn.Parameter(p) for p in tensors["params"]]

@@ -179,6 +179,11 @@ def rank_main(rank: int, folder: Path, ranks: int) -> None:
     made.weight.requires_grad_(True)
     made(features[rank], targets[rank]).backward()
     tensors["features without gradient"] = made.weight.grad  # type: ignore[assignment]
+    probe = head(SINGLE, group)
+    features, targets = batch(SINGLE, ranks)
+    probe(features[rank], targets[rank]).backward()
+    tensors["temperature without features"] = probe.log_temperature.grad  # type: ignore[assignment,union-attr]
+    features, targets = batch("plain", ranks)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         single = head(SINGLE, group)
         loss = single(features[rank].float(), targets[rank])
@@ -346,6 +351,13 @@ def test_only_what_needs_a_gradient_gets_one(ranks: Ranks) -> None:
     one(features.flatten(0, 1), targets.flatten()).backward()
     assert one.weight.grad is not None
     close(torch.cat([tensors["features without gradient"] for tensors, _ in ranks]), one.weight.grad, 1e-10)
+    features, targets = batch(SINGLE, len(ranks))
+    one = head(SINGLE)
+    one(features.flatten(0, 1), targets.flatten()).backward()
+    assert one.log_temperature is not None
+    assert one.log_temperature.grad is not None
+    for tensors, _ in ranks:
+        close(tensors["temperature without features"], one.log_temperature.grad, 1e-5)
 
 
 def test_autocast_leaves_the_parameters_alone(ranks: Ranks) -> None:

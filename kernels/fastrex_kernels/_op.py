@@ -42,8 +42,8 @@ class Case:
 class Call:
     """Arguments of one call: ``function(*args, **kwargs)``.
 
-    ``grads`` names the tensors among them (by name in ``tensors``) whose gradients the operator gives; ``upstream`` are
-    the gradients of its differentiable outputs, in their order. In-place operators name what they write in ``writes``.
+    ``grads`` names those of ``tensors`` whose gradients the operator gives. In-place operators name what they write in
+    ``writes``.
     """
 
     tensors: Mapping[str, Any]

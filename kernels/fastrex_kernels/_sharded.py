@@ -256,7 +256,8 @@ class _ShardedLoss(torch.autograd.Function):
         else:
             grad_input, grad_weight, radial = raw(_PACKAGE, "cosine_ce_backward", plan.impl)(
                 rows, weight, labels, temperature, plan.temperature, None, block.first, block.classes,
-                plan.ignore_index, plan.label_smoothing, plan.compute, lse, grads, None, wants_input, wants_weight,
+                plan.ignore_index, plan.label_smoothing, plan.compute, lse, grads, None,
+                wants_input or wants_temperature, wants_weight,  # ``radial`` comes with the gradient of the rows
             )  # fmt: skip
         grad_temperature = None
         if wants_temperature:

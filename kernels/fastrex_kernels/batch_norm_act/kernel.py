@@ -245,23 +245,25 @@ def bn_track_(
 _KINDS = {
     "*i": ("x_ptr", "residual_ptr", "y_ptr", "grad_ptr", "dx_ptr", "dresidual_ptr"),
     "*u8": ("bits_ptr",),
-    "*fp64": ("mean_ptr", "var_ptr", "sums_ptr", "count_ptr"),
-    "*fp32": ("weight_ptr", "bias_ptr", "partial_ptr", "dweight_ptr", "dbias_ptr"),
-    "i32": ("total", "rows", "width", "C", "samples", "parts"),
-    "fp32": ("eps",),
-}
+    "*fp64": ("mean_ptr", "var_ptr", "sums_ptr", "count_ptr", "slot_ptr", "slots_ptr"),
+    "*fp32": (
+        "weight_ptr", "bias_ptr", "partial_ptr", "dweight_ptr", "dbias_ptr", "running_mean_ptr", "running_var_ptr",
+    ),
+    "i32": ("total", "rows", "width", "C", "samples", "parts", "ranks"),
+    "fp32": ("eps", "momentum"),
+}  # fmt: skip
 
 
-def _compile(name: str, kernel: Any, kind: str, **constants: Any) -> Compile:
+def _compile(name: str, kernel: Any, kind: str, num_warps: int = WARPS, **constants: Any) -> Compile:
     """A kernel whose arguments are what their names say; tensors of ``kind``."""
     types = {argument: f"*{kind}" if key == "*i" else key for key, group in _KINDS.items() for argument in group}
     constants = {"FOLD": 1, "RAGGED": False, "ENTRIES": 128, "MOMENTS_R": 128, "BLOCK_C": 64} | constants
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     signature = {key: types[key] for key in kernel.arg_names if key not in constants}
-    return Compile(f"{name} in {kind}", kernel, signature, constants, num_warps=WARPS)
+    return Compile(f"{name} in {kind}", kernel, signature, constants, num_warps=num_warps)
 
 
-_GIVEN = {"sums_ptr": None, "count_ptr": None, "BATCH": True}
+_GIVEN: dict[str, Any] = {"sums_ptr": None, "count_ptr": None, "BATCH": True}
 AOT = (
     _compile("moments", moments_kernel, "bf16", BLOCK_R=128),
     _compile("output of a sum", forward_kernel, "bf16", BLOCK_R=64, RELU=True),
@@ -271,4 +273,7 @@ AOT = (
         "gradients without a mask", backward_kernel, "fp32", BLOCK_R=128, BLOCK_C=32, ENTRIES=256,
         GATE=RECOMPUTED.value, bits_ptr=None, dresidual_ptr=None, **_GIVEN,
     ),
+    _compile("slot of a rank", slot_kernel, "bf16"),
+    _compile("join of slots", join_kernel, "fp64", num_warps=4, BLOCK_C=SIDE),
+    _compile("running statistics", track_kernel, "fp32", num_warps=4, BLOCK_C=SIDE, stride_mean=1, stride_var=1),
 )  # fmt: skip

@@ -107,6 +107,9 @@ def bank_update_(
     size, dim = bank_features.shape
     if features.shape[1] != dim:
         raise ValueError(f"bank_update_: features must be [B, {dim}], got {tuple(features.shape)}")
+    for word, tensor in (("pointer", pointer), ("keep", keep)):
+        if tensor is not None and tensor.device != bank_features.device:
+            raise ValueError(f"bank_update_: {word} must be on {bank_features.device}, got {tensor.device}")
     if features.device != bank_features.device:
         raise ValueError(f"bank_update_: features must be on {bank_features.device}, got {features.device}")
     if pointer.shape != (1,) or pointer.dtype != torch.int64:

@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .._triton import Compile, cdiv, next_power_of_2
 
@@ -220,6 +221,9 @@ def bank_update_(
             pointer.copy_(written[-1:])
         else:
             _means(bank_features, bank_labels, prototypes, counts, written, pointer)
+    # The kernels write behind autograd's back: a backward that still needs an old value must notice.
+    changed = (bank_features, bank_labels, pointer, prototypes, counts)
+    increment_version([tensor for tensor in changed if tensor is not None])
 
 
 def _means(

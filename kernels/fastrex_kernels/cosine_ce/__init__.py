@@ -15,8 +15,9 @@ from .reference import cosine_cross_entropy_reference
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "mean", "sum")
 # The gradient of the classes is made by the forward, beside that of the features, unless it is larger than this: then
-# the backward makes it, so that a million classes never have both their gradient and a scaled copy of it.
-FORWARD_BYTES = 64 * 2**20
+# the backward makes it, so that many classes never have both their gradient and a scaled copy of it. In C++ that costs
+# one more product of matrices; in Triton, which computes the logits again in either case, a launch.
+FORWARD_BYTES = {"cpp": 64 * 2**20, "triton": 4 * 2**20}
 
 # ``weight`` holds the classes first_class .. of num_classes (all of them, unless it is one shard of a head); ``target``
 # and ``class_weight`` count over all. ``lse``, ``rank`` and ``target_logit`` are of this block, ``rank`` against
@@ -97,7 +98,7 @@ def cosine_cross_entropy(
     learnt = grad and weight.requires_grad
     forward_weight = (
         learnt
-        and weight.numel() * 4 <= FORWARD_BYTES
+        and weight.numel() * 4 <= FORWARD_BYTES[impl]
         # Rows may then differ in their upstream gradient; C++ sees at no cost whether they do.
         and (impl == "cpp" or reduction != "none")
     )
@@ -287,9 +288,11 @@ def _check(
             raise TypeError(f"{name}: {word} must be floating point, got {tensor.dtype}")
     if weight.shape[0] < 1 or weight.shape[1] != input.shape[1]:
         raise ValueError(f"{name}: weight must be [C >= 1, {input.shape[1]}], got {tuple(weight.shape)}")
-    for word, tensor in (("weight", weight), ("target", target)):
-        if tensor.device != input.device:
-            raise ValueError(f"{name}: {word} must be on {input.device} like input, got {tensor.device}")
+    learnt = temperature if isinstance(temperature, Tensor) else None
+    others = {"weight": weight, "target": target, "class_weight": class_weight, "temperature": learnt}
+    for word, other in others.items():
+        if other is not None and other.device != input.device:
+            raise ValueError(f"{name}: {word} must be on {input.device} like input, got {other.device}")
     classes = weight.shape[0]
     if target.is_floating_point():
         if target.ndim != 2 or target.shape[1] != classes:

@@ -28,11 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import Compile, cdiv
+from .._triton import cdiv
 from .kernel_gradient import (
-    CONSTANTS,
-    SIGNATURE,
-    TILED,
     inverse_temperature,
     load_factors,
     load_labels,
@@ -366,27 +363,3 @@ def cosine_ce_backward(
         if weight_grad:
             head.gradient(lse, None, upstream, grad_weight, None, _splits)
     return grad_input, grad_weight, radial
-
-
-AOT = (
-    *(
-        Compile(
-            f"forward of 256-d rows in {kind}", forward_kernel,
-            SIGNATURE | dict.fromkeys(("x_ptr", "w_ptr"), f"*{kind}") | {"classes_per_split": "i32"}
-            | dict.fromkeys(("partial_ptr", "sums_ptr"), "*fp32"),
-            CONSTANTS | TILED | {"threshold_ptr": None, "ACCUMULATE": True, "COMPUTE": compute}
-            | {"BLOCK_N": own, "BLOCK_C": stream, "BLOCK_K": step},
-            num_warps=8, num_stages=stages,
-        )
-        for kind, compute, own, stream, step, stages in (
-            ("bf16", tl.bfloat16, 64, 32, 256, 3),
-            ("fp32", tl.float32, 32, 16, 16, 2),
-        )
-    ),
-    Compile(
-        "combination of 256-d rows in bf16", combine_kernel,
-        SIGNATURE | dict.fromkeys(("x_ptr", "w_ptr", "grad_ptr"), "*bf16") | {"rank_ptr": "*i64", "splits": "i32"}
-        | dict.fromkeys(("partial_ptr", "sums_ptr", "loss_ptr", "lse_ptr", "logit_ptr", "radial_ptr"), "*fp32"),
-        CONSTANTS | dict.fromkeys(("weight_ptr", "scale_ptr")) | {"ACCUMULATE": True, "BLOCK_N": 16, "BLOCK_D": 256},
-    ),
-)  # fmt: skip

@@ -15,8 +15,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import Compile
-
 EPS = tl.constexpr(1e-12)
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -269,26 +267,3 @@ def project_kernel(
     store_tile(grad_ptr, offs_r, mask_r, D, 0, grad, D, BLOCK_D)
     if radial_ptr is not None:
         tl.store(radial_ptr + offs_r, radial, mask=mask_r)
-
-
-# What the aligned tensors of a head of any size with D = 256 compile to: strides are multiples of 16, W a parameter.
-SIGNATURE = dict.fromkeys(("N", "C", "B", "first_class", "num_classes", "ignore_index"), "i32")
-SIGNATURE |= {"label_ptr": "*i64", "tau": "fp32", "smoothing": "fp32"}
-CONSTANTS = dict.fromkeys(("class_weight_ptr", "tau_ptr")) | {"stride_x": 256, "stride_w": 256, "D": 256, "SOFT": False}
-TILED = dict.fromkeys(("share_ptr", "inverse_x_ptr", "inverse_w_ptr"))
-TILED |= {"stride_share": 0, "SPREAD": False, "PRECISION": "ieee", "BLOCK_D": 256}
-
-AOT = tuple(
-    Compile(
-        f"gradient of 256-d classes in {kind}", gradient_kernel,
-        SIGNATURE | dict.fromkeys(("x_ptr", "w_ptr"), f"*{kind}") | {"per_split": "i32"}
-        | dict.fromkeys(("top_ptr", "total_ptr", "out_ptr"), "*fp32"),
-        CONSTANTS | TILED | {"weight_ptr": None, "upstream_ptr": None, "OWN_ROWS": False, "DIRECT": False}
-        | {"COMPUTE": compute, "BLOCK_O": own, "BLOCK_S": stream, "BLOCK_K": step},
-        num_warps=8, num_stages=stages,
-    )
-    for kind, compute, own, stream, step, stages in (
-        ("bf16", tl.bfloat16, 64, 32, 256, 3),
-        ("fp32", tl.float32, 32, 16, 16, 2),
-    )
-)  # fmt: skip

@@ -101,6 +101,11 @@ def sgd_ema_(
     ):
         if values is not None and len(values) != count:
             raise ValueError(f"sgd_ema_: {name} must have one entry per parameter ({count}), got {len(values)}")
+    for name, value in (("momentum", momentum), ("ema_momentum", ema_momentum)):
+        if not isinstance(value, Tensor) and not 0.0 <= value <= 1.0:
+            raise ValueError(f"sgd_ema_: {name} must be in [0, 1], got {value}")
+    if not isinstance(lr, Tensor) or lr.ndim:
+        raise TypeError(f"sgd_ema_: lr must be a 0-d tensor, got {lr!r}")
     if not count:
         return
     # One parameter that no kernel takes is enough for the reference.

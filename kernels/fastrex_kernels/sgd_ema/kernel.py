@@ -27,6 +27,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .._triton import Compile, cdiv
 
@@ -297,6 +298,8 @@ def sgd_ema_(
                 )  # fmt: skip
         for owner, copy in borrowed:
             owner.copy_(copy)
+    # The kernels write behind autograd's back: a backward that still needs an old value must notice.
+    increment_version([*params, *momentum_buffers, *ema_params, *param_copies, *ema_copies])
 
 
 def _places(
