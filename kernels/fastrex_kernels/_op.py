@@ -20,6 +20,8 @@ NAMESPACE = "fastrex"
 _TRITON = importlib.util.find_spec("triton") is not None
 # Triton kernels run in Triton's interpreter, on CPU tensors. A constant: Triton reads it when a kernel is defined.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Values on a GPU are looked at only on request: it costs a host sync in every call.
+CHECK = os.environ.get("FASTREX_CHECK") == "1"
 # Keeps the registrations alive; csrc/ adds the CPU implementations to the same operators.
 _LIBRARY: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 
@@ -166,6 +168,16 @@ def backend(device: str) -> str:
     if device == "cpu":
         return "C++" if _cpp.LOADED else f"reference ({_cpp.REASON})"
     return "reference"
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether a check may look at values: on a CPU, on a GPU with ``FASTREX_CHECK=1``, never in what is being traced
+    or has no values of its own."""
+    return (
+        (tensor.device.type == "cpu" or (CHECK and tensor.device.type == "cuda"))
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

@@ -14,7 +14,6 @@ by a sum in the order of the ranks, so that the bits do not depend on how a back
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,14 +21,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._op import choose, compute_dtype, raw
+from ._op import CHECK, choose, compute_dtype, raw, readable
 from .cosine_ce.reference import unit_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Also checks values that cost a device sync.
-CHECK = os.environ.get("FASTREX_CHECK") == "1"
 _PACKAGE = f"{__package__}.cosine_ce"
 # torch 2.13 renamed this collective; 2.11 and 2.12 know the old name only.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -147,7 +144,7 @@ def sharded_cosine_cross_entropy(
     Raises:
         ValueError, TypeError: naming the argument and the fact.
     """
-    _check(input, weight, target, block, ignore_index)
+    _check(input, weight, target, block)
     wide = torch.float64 in (input.dtype, weight.dtype)
     impl = choose("CosineHead", impl, input.new_empty(0, dtype=torch.float64) if wide else input)
     # Before the gathering, which would set the crops of all ranks side by side.
@@ -156,6 +153,7 @@ def sharded_cosine_cross_entropy(
     fixed = 1.0 if isinstance(temperature, Tensor) else temperature
     plan = _Plan(block, fixed, ignore_index, label_smoothing, impl, compute_dtype(input, weight))
     rows, labels = gather_rows(input, block.group), gather_rows(target, block.group)
+    _check_ids(labels, block, ignore_index)
     threshold = _threshold(rows, weight, labels, learnt, plan) if return_stats else None
     loss, lse, rank, _ = _ShardedLoss.apply(input, weight, learnt, rows, labels, threshold, plan)  # type: ignore[no-untyped-call]
     if reduction != "none":
@@ -165,7 +163,7 @@ def sharded_cosine_cross_entropy(
     return loss, lse, rank if return_stats else None
 
 
-def _check(input: Tensor, weight: Tensor, target: Tensor, block: Block, ignore_index: int) -> None:
+def _check(input: Tensor, weight: Tensor, target: Tensor, block: Block) -> None:
     name = "CosineHead"
     if not input.is_floating_point():
         raise TypeError(f"{name}: input must be floating point, got {input.dtype}")
@@ -178,11 +176,15 @@ def _check(input: Tensor, weight: Tensor, target: Tensor, block: Block, ignore_i
     rows, given = input.shape[0], target.shape[0]
     if given != rows and (given == 0 or rows % given):
         raise ValueError(f"{name}: target must have {rows} rows or a divisor of that, got {given}")
-    if target.device.type == "cpu":
-        bad = target[((target < 0) | (target >= block.classes)) & (target != ignore_index)]
-        if bad.numel():
-            raise ValueError(f"{name}: target must be in [0, {block.classes}) or {ignore_index}, got {int(bad[0])}")
     check_equal_rows(name, input, block.group)
+
+
+def _check_ids(labels: Tensor, block: Block, ignore_index: int) -> None:
+    """Of all ranks' rows, so that every rank raises and none is left waiting."""
+    if readable(labels):
+        bad = labels[((labels < 0) | (labels >= block.classes)) & (labels != ignore_index)]
+        if bad.numel():
+            raise ValueError(f"CosineHead: target must be in [0, {block.classes}) or {ignore_index}, got {int(bad[0])}")
 
 
 class _Plan(NamedTuple):

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import _sharded
+from ._op import readable
 from .class_means import bank_update_, class_means
 from .cosine_ce import REDUCTIONS, Stats, cosine_cross_entropy
 
@@ -229,8 +230,7 @@ class CosineHead(nn.Module):
 
 
 class OnlineClassMeans(nn.Module):
-    """Cosine softmax against prototypes that are averaged from a memory bank (t-ReX, Sariyildiz et al., ICLR 2023,
-    Eq. 2).
+    """Cosine softmax against prototypes averaged from a memory bank (t-ReX, Sariyildiz et al., ICLR 2023, Eq. 2).
 
     A prototype is the normalised sum of its class's entries in a ring of the newest ``bank_size`` momentum features,
     which are not normalised. The caller owns the momentum encoder::
@@ -332,14 +332,14 @@ class OnlineClassMeans(nn.Module):
             raise ValueError(
                 f"{name}: features must not require a gradient, got a tensor that does; detach the momentum encoder's"
             )
-        if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
-            low, high = torch.stack(labels.aminmax()).tolist()
-            if low < 0 or high >= self.num_classes:
-                raise ValueError(f"{name}: labels must be in [0, {self.num_classes}), got {low if low < 0 else high}")
         group = self._shared.group
         if group is not None:
             _sharded.check_equal_rows(name, features, group)
             features, labels = _sharded.gather_rows(features, group), _sharded.gather_rows(labels, group)
+        if labels.numel() and readable(labels):  # of all ranks: then every rank raises
+            low, high = torch.stack(labels.aminmax()).tolist()
+            if low < 0 or high >= self.num_classes:
+                raise ValueError(f"{name}: labels must be in [0, {self.num_classes}), got {low if low < 0 else high}")
         bank_update_(self.features, self.labels, self.pointer, features, labels, keep=keep)
 
     def prototypes(self) -> Tensor:

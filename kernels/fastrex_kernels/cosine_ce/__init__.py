@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from .._op import choose, compute_dtype, define, raw
+from .._op import choose, compute_dtype, define, raw, readable
 from .reference import cosine_cross_entropy_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -310,7 +310,7 @@ def _check(
         if temperature.ndim or not temperature.is_floating_point():
             kind = f"{temperature.dtype} of shape {tuple(temperature.shape)}"
             raise ValueError(f"{name}: temperature must be a float or a 0-d floating point tensor, got {kind}")
-        if _readable(temperature) and not temperature.item() > 0:
+        if readable(temperature) and not temperature.item() > 0:
             raise ValueError(f"{name}: temperature must be above 0, got {temperature.item()}")
     elif not temperature > 0:
         raise ValueError(f"{name}: temperature must be above 0, got {temperature}")
@@ -318,18 +318,9 @@ def _check(
         raise ValueError(f"{name}: label_smoothing must be in [0, 1], got {label_smoothing}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"{name}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if target.dtype == torch.int64 and target.numel() and _readable(target):
+    if target.dtype == torch.int64 and target.numel() and readable(target):
         low, high = target.aminmax()
         if low.item() < 0 or high.item() >= classes:
             bad = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
             if bad.numel():
                 raise ValueError(f"{name}: target must be in [0, {classes}) or {ignore_index}, got {int(bad[0])}")
-
-
-def _readable(tensor: Tensor) -> bool:
-    """Whether looking at values costs no sync, breaks no traced graph and needs no batching rule."""
-    return (
-        tensor.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    )
