@@ -121,6 +121,13 @@ bool streams(int64_t bytes) {
   return bytes > (size > 0 ? size : int64_t{32} << 20);
 }
 
+// Stores past the cache are weakly ordered: other threads must see them before this one says that it is done.
+void finish_stores() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // Runs `body(segment)` for all segments, backwards within each thread's share where `reverse`.
 template <typename F>
 void each_segment(const Shape& shape, bool reverse, F body) {
@@ -196,6 +203,7 @@ std::tuple<Tensor, Tensor> apply(const Shape& shape, const Tensor& input, const 
                    streams(input.nbytes() * (residual.has_value() ? 3 : 2))};
     each_segment(shape, true, [&](int64_t s) {
       FASTREX_DISPATCH(forward_rows, shape, job, s * shape.segment_rows, shape.end(s));
+      if (job.stream) finish_stores();
     });
   });
   return {output, mask};
@@ -298,6 +306,7 @@ std::tuple<Tensor, Tensor> inputs_of(const Shape& shape, const Tensor& grad, con
     job.stream = streams(input.nbytes() * (split ? 4 : 3));
     each_segment(shape, true, [&](int64_t s) {
       FASTREX_DISPATCH(backward_rows, shape, job, s * shape.segment_rows, shape.end(s));
+      if (job.stream) finish_stores();
     });
   });
   if (!want_input) dx = at::empty({0}, input.options());
