@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,10 +29,31 @@ def require_plain(call: Call, *known: str) -> None:
             raise Absent(f"has no {name}")
 
 
-def operands(input: Tensor, weight: Tensor, target: Tensor, temperature: float | Tensor) -> tuple[Tensor, ...]:
+def operands(
+    input: Tensor, weight: Tensor, target: Tensor, temperature: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Normalised rows divided by the temperature, normalised weights, one label per row."""
     label = target if len(target) == len(input) else target.repeat(len(input) // len(target))
     return F.normalize(input, dim=1) / temperature, F.normalize(weight, dim=1), label
+
+
+def normalised(fused: Callable[[Tensor, Tensor, Tensor, int, float, str], Any]) -> Callable[..., Any]:
+    """``fused(rows, classes, label, ignore_index, label_smoothing, reduction)`` with the operator's own arguments."""
+
+    def run(
+        input: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        temperature: float | Tensor = 0.1,
+        class_weight: None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        return_stats: bool = False,
+    ) -> Any:
+        return fused(*operands(input, weight, target, temperature), ignore_index, label_smoothing, reduction)
+
+    return run
 
 
 def reduce(losses: Tensor, label: Tensor, reduction: str, ignore_index: int) -> Tensor:

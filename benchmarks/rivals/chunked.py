@@ -24,24 +24,13 @@ def build(op: Op, call: Call) -> Callable[..., Any]:
     if {**call.options, **call.tensors}.get("reduction", "mean") == "none":
         raise Absent("sums its chunks: no reduction='none'")
 
-    def run(
-        input: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        temperature: float | Tensor = 0.1,
-        class_weight: None = None,
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
-        reduction: str = "mean",
-        return_stats: bool = False,
-    ) -> Tensor:
-        rows, classes, label = _cosine.operands(input, weight, target, temperature)
+    def run(rows: Tensor, classes: Tensor, label: Tensor, ignored: int, smoothing: float, reduction: str) -> Tensor:
         gradients = torch.is_grad_enabled()
-        total = _Chunks.apply(rows, classes, label, ignore_index, label_smoothing, gradients)  # type: ignore[no-untyped-call]
+        total = _Chunks.apply(rows, classes, label, ignored, smoothing, gradients)  # type: ignore[no-untyped-call]
         # In the dtype that eager PyTorch gives the loss.
-        return _cosine.reduce(total, label, reduction, ignore_index).to(input.dtype)
+        return _cosine.reduce(total, label, reduction, ignored).to(rows.dtype)
 
-    return run
+    return _cosine.normalised(run)
 
 
 class _Chunks(torch.autograd.Function):
