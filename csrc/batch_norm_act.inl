@@ -47,19 +47,6 @@ static inline void put(float* p, vf v) {
 #endif
 }
 
-#if defined(FASTREX_AVX512)
-static inline __m256i narrow(const c10::BFloat16*, vf v) {  // store()'s rounding in fewer instructions
-  __m512i bits = (__m512i)v, one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(0x7fff);
-  __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi32(0xffff, bits, 16), one);
-  __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, half), odd);
-  __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
-  rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
-  return _mm512_maskz_cvtepi32_epi16(0xffff, _mm512_maskz_srli_epi32(0xffff, rounded, 16));
-}
-static inline __m256i narrow(const c10::Half*, vf v) {
-  return _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
-}
-#endif
 template <bool STREAM, typename T>
 static inline void put(T* p, vf v) {
 #if defined(FASTREX_AVX512)

@@ -28,20 +28,36 @@ static inline vf load(const c10::BFloat16* p) {
   return (vf)(__builtin_convertvector(h, vi) << 16);
 #endif
 }
+#if defined(FASTREX_AVX512)
+// Rounded to sixteen bits, to nearest even; a NaN stays one.
+static inline __m256i narrow(const c10::BFloat16*, vf v) {
+  __m512i bits = (__m512i)v, one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(0x7fff);
+  __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi32(0xffff, bits, 16), one);
+  __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, half), odd);
+  __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+  return _mm512_maskz_cvtepi32_epi16(0xffff, _mm512_maskz_srli_epi32(0xffff, rounded, 16));
+}
+static inline __m256i narrow(const c10::Half*, vf v) {
+  return _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
+}
+#endif
 static inline void store(c10::BFloat16* p, vf v) {
+#if defined(FASTREX_AVX512)
+  _mm256_storeu_si256((__m256i*)p, narrow(p, v));
+#else
   vi bits = (vi)v;
   vi rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   vi nan = v != v;
   rounded = (rounded & ~nan) | (0x7fc0 & nan);
-#if defined(FASTREX_AVX512)
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)rounded));
-#elif defined(FASTREX_AVX2)
+#if defined(FASTREX_AVX2)
   const __m256i low = _mm256_and_si256((__m256i)rounded, _mm256_set1_epi32(0xffff));
   const __m256i pairs = _mm256_packus_epi32(low, low);  // each half twice, within its 128-bit lane
   _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08)));
 #else
   vh h = __builtin_convertvector(rounded, vh);
   std::memcpy(p, &h, sizeof(h));
+#endif
 #endif
 }
 
@@ -58,7 +74,7 @@ static inline vf load(const c10::Half* p) {
 }
 static inline void store(c10::Half* p, vf v) {
 #if defined(FASTREX_AVX512)
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256((__m256i*)p, narrow(p, v));
 #elif defined(FASTREX_AVX2)
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else
