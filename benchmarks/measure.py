@@ -151,11 +151,14 @@ def requiring(call: Call) -> Call:
 
 
 def exact(call: Call) -> Call:
-    """The same numbers in float64."""
-    tensors, options = (
-        tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, dict(part))
-        for part in (call.tensors, call.options)
-    )
+    """The same numbers in float64, also where an option names the dtype of the result."""
+
+    def double(leaf: Any) -> Any:
+        if isinstance(leaf, torch.dtype):
+            return torch.float64 if leaf.is_floating_point else leaf
+        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    tensors, options = (tree_map(double, dict(part)) for part in (call.tensors, call.options))
     return requiring(Call(tensors, options, call.grads, call.writes))
 
 

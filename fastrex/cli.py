@@ -12,20 +12,18 @@ import shlex
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import click
 
 from . import config as config_module
 from . import settings as settings_module
+from .cli_data import data
+from .cli_options import DATA, DEVICE, SETTINGS, located, split
 from .config import Config
 from .errors import DivergedError, FastrexError, UsageError
 
 CODES = ((UsageError, 2), (DivergedError, 3))
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
-DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-DATA = click.option("--data", "data_path", metavar="FOLDER", help="Image folder, or 'synthetic'; sets data.path.")
-SETTINGS = click.argument("settings", nargs=-1, metavar="[RECIPE] [section.key=value ...]")
 
 
 def main() -> None:
@@ -67,21 +65,6 @@ def cli() -> None:
     """Train transferable supervised image encoders with the t-ReX method. Add --debug to any command for tracebacks."""
 
 
-def _split(settings: tuple[str, ...]) -> tuple[str | None, list[str]]:
-    """The recipe (a first word without '=') and the settings."""
-    words = list(settings)
-    recipe = words.pop(0) if words and "=" not in words[0] else None
-    return recipe, words
-
-
-def _located(path: str | None) -> list[str]:
-    """``--data`` as a setting; folders are made absolute so that a run resumes from anywhere."""
-    if path is None:
-        return []
-    place = path if path == "synthetic" else str(Path(path).expanduser().resolve())
-    return [f"data.path={settings_module.toml_value(place)}"]
-
-
 @cli.command()
 @SETTINGS
 @DATA
@@ -116,8 +99,8 @@ def train(
     """
     from . import rundir, trainer
 
-    recipe, words = _split(settings)
-    words = [*words, *_located(data_path)]
+    recipe, words = split(settings)
+    words = [*words, *located(data_path)]
     words += [f"model.arch={json.dumps(arch)}"] if arch else []
     words += [f"optim.precision={precision}"] if precision else []
     if resume == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
@@ -158,65 +141,14 @@ def eval_command(
     """
     from . import checkpoint, standalone
 
-    result = standalone.evaluate_source(source, [*settings, *_located(data_path)], device)
+    result = standalone.evaluate_source(source, [*settings, *located(data_path)], device)
     for name, value in result.items():
         click.echo(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}")
     if json_path is not None:
         checkpoint.write_json(json_path, result)
 
 
-@cli.group()
-def data() -> None:
-    """Index a folder of images, write the demo images, look at a batch."""
-
-
-@data.command("index")
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option("--empty-classes", type=click.Choice(["error", "skip"]), default="error", show_default=True)
-@click.option("--threads", type=click.IntRange(min=0), default=0, help="Reader threads (0 = four per core).")
-def data_index(path: Path, empty_classes: str, threads: int) -> None:
-    """Build the index of an image folder: sizes, labels, and which files cannot be read."""
-    from .data import index as index_module
-
-    with _progress("indexing") as tick:
-        index = index_module.build(path, threads=threads, progress=tick, empty_classes=empty_classes)
-    target = index_module.default_path(path)
-    index_module.save(index, target)
-    bad = index.bad()
-    click.echo(f"{len(index.labels) - len(bad)} images, {len(index.classes)} classes, layout {index.layout}")
-    for name, reason in bad:
-        click.echo(f"left out: {name!r} ({reason})")
-    if index.skipped:
-        click.echo(f"empty classes skipped: {', '.join(map(repr, index.skipped))}")
-    if index.ignored:
-        click.echo(f"{index.ignored} other files ignored")
-    click.echo(f"index: {target}")
-
-
-@data.command("demo")
-@click.argument("path", type=click.Path(path_type=Path), required=False)
-def data_demo(path: Path | None) -> None:
-    """Write scikit-learn's handwritten digits as a JPEG class-folder data set (default: the cache folder)."""
-    from .data.demo import write_digits
-
-    click.echo(str(write_digits(path)))
-
-
-@data.command("show")
-@SETTINGS
-@DATA
-@click.option("--epoch", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--step", type=click.IntRange(min=0), default=0, show_default=True, help="Step within the epoch.")
-@click.option("--rows", type=click.IntRange(min=1), default=8, show_default=True, help="Images shown.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("batch.png"), show_default=True)
-def data_show(settings: tuple[str, ...], data_path: str | None, epoch: int, step: int, rows: int, out: Path) -> None:
-    """Write a PNG contact sheet: the crops of a batch as the model sees them, with their draws."""
-    from . import standalone
-
-    recipe, words = _split(settings)
-    config = config_module.load(recipe, [*words, *_located(data_path)])
-    standalone.show_batch(config, epoch, step, rows, out)
-    click.echo(str(out))
+cli.add_command(data)
 
 
 @cli.command()
@@ -243,8 +175,8 @@ def config_command(settings: tuple[str, ...], data_path: str | None, toml: bool)
     """Print the resolved configuration with a line of help per field, after the names of all recipes."""
     from . import objectives
 
-    recipe, words = _split(settings)
-    config = objectives.resolve(config_module.load(recipe, [*words, *_located(data_path)]))
+    recipe, words = split(settings)
+    config = objectives.resolve(config_module.load(recipe, [*words, *located(data_path)]))
     if toml:
         click.echo(config_module.to_toml(config), nl=False)
         return
@@ -297,20 +229,3 @@ def bench(words: tuple[str, ...]) -> None:
         sys.path.insert(0, str(root))
         module = import_module("benchmarks.__main__")
     module.main(list(words) or ["--help"], prog_name="fastrex bench", standalone_mode=False)
-
-
-class _progress:
-    """A line on a terminal that is overwritten; nothing where the output is a file."""
-
-    def __init__(self, word: str) -> None:
-        self.word, self.shown = word, sys.stderr.isatty()
-
-    def __enter__(self) -> Any:
-        return self._tick if self.shown else None
-
-    def _tick(self, done: int, total: int) -> None:
-        click.echo(f"\r{self.word} {done}/{total}", err=True, nl=False)
-
-    def __exit__(self, *_: object) -> None:
-        if self.shown:
-            click.echo("", err=True)

@@ -34,6 +34,30 @@ class DataConfig:
     )
     last_batch: str = setting("drop", "what happens to the last, short batch of an epoch", choices=("drop", "pad"))
     empty_classes: str = setting("error", "class folders without an image", choices=("error", "skip"))
+    sampling: str = setting(
+        "uniform",
+        "uniform = every image once per epoch; balanced = every class equally often, small ones by repetition",
+        choices=("uniform", "balanced"),
+    )
+    repeats: int = setting(1, "views of each drawn image in a batch (repeated augmentation; 1 = off)", low=1)
+    on_bad_sample: str = setting(
+        "stop",
+        "a file that goes bad during the run: stop, or replace it by another image of its class",
+        choices=("stop", "replace"),
+    )
+    max_bad_samples: int = setting(100, "bad files that a rank replaces before the run stops", low=0)
+    channels: int = setting(3, "3 = RGB, 1 = grey (colour augmentation has no effect then)", low=1, high=3)
+    resize: str = setting(
+        "auto",
+        "who cuts and resizes the crops: auto = our operator in C++ on a CPU, DALI on a GPU",
+        choices=("auto", "dali", "fastrex"),
+    )
+    hw_decoder_load: float = setting(
+        0.65,
+        "share of the JPEGs for the GPU's hardware decoder where it has one (0 = the same bits every time)",
+        low=0.0,
+        high=1.0,
+    )
     threads: int = setting(0, "decoder threads per rank (0 = this rank's share of the cores)", low=0)
     prefetch: int = setting(2, "batches prepared ahead", low=1)
     global_crops: int = setting(1, "large crops per image; the first one feeds the momentum encoder", low=1)
@@ -182,6 +206,8 @@ class Config:
                 f"config: optim.warmup_epochs must be less than optim.epochs, got {self.optim.warmup_epochs:g} and "
                 f"{self.optim.epochs}; set both"
             )
+        if self.data.channels == 2:
+            raise UsageError("config: data.channels must be 1 (grey) or 3 (RGB), got 2")
         for name in ("global_scale", "local_scale", "ratio"):
             low, high = getattr(self.data, name)
             if not 0 < low <= high:

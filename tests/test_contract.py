@@ -64,7 +64,14 @@ def poisoned() -> Iterator[None]:
 
 
 def to(tree: Any, dtype: torch.dtype) -> Any:
-    return tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, tree)
+    """Floating tensors, and options that name a floating dtype, in ``dtype``."""
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, torch.dtype):
+            return dtype if leaf.is_floating_point else leaf
+        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return tree_map(one, tree)
 
 
 def flat(tree: Any) -> list[Tensor]:
