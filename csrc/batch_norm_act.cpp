@@ -131,7 +131,7 @@ void finish_stores() {
 // Runs `body(segment)` for all segments, backwards within each thread's share where `reverse`.
 template <typename F>
 void each_segment(const Shape& shape, bool reverse, F body) {
-  at::parallel_for(0, shape.segments, 1, [&](int64_t begin, int64_t end) {
+  fastrex::parallel_for(0, shape.segments, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) body(reverse ? begin + end - 1 - i : i);
   });
 }
@@ -160,7 +160,7 @@ void prepare(const Shape& shape, Vectors& to, const Tensor& mean, const Tensor& 
 // Joins the (count, mean, centred second moment) of `counts.size()` partial batches, `stride` doubles apart.
 void join(int64_t channels, const std::vector<double>& counts, const double* means, const double* moments,
           int64_t stride, double* mean, double* moment) {
-  at::parallel_for(0, (channels + BLOCK - 1) / BLOCK, 1 + 1024 / (1 + static_cast<int64_t>(counts.size())),
+  fastrex::parallel_for(0, (channels + BLOCK - 1) / BLOCK, 1 + 1024 / (1 + static_cast<int64_t>(counts.size())),
                    [&](int64_t begin, int64_t end) {
                      int64_t first = begin * BLOCK, last = std::min(end * BLOCK, channels);
                      FASTREX_DISPATCH(join_moments, first, last, counts.data(), static_cast<int64_t>(counts.size()),

@@ -52,13 +52,13 @@ void prototypes_of(const Tensor& features, const Segments& segments, const int64
   int64_t largest = 0;
   for (int64_t k = 0; k < classes; ++k) largest = std::max(largest, offset[k + 1] - offset[k]);
   const int64_t grain = std::max<int64_t>(1, GRAIN_BYTES / std::max<int64_t>(1, dim * sizeof(T)));
-  const int64_t threads = at::get_num_threads();
+  const int64_t threads = fastrex::num_threads();
   if (threads > 1 && dim >= 2 * COLUMNS && largest > grain && 2 * largest * threads > 3 * rows) {
-    at::parallel_for(0, (dim + COLUMNS - 1) / COLUMNS, 1, [&](int64_t begin, int64_t end) {
+    fastrex::parallel_for(0, (dim + COLUMNS - 1) / COLUMNS, 1, [&](int64_t begin, int64_t end) {
       FASTREX_DISPATCH(column_range, data, stride, order, offset, ids, classes, begin * COLUMNS,
                        std::min(end * COLUMNS, dim), dim, prototypes);
     });
-    at::parallel_for(0, classes, grain, [&](int64_t begin, int64_t end) {
+    fastrex::parallel_for(0, classes, grain, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k)
         if (offset[k + 1] > offset[k]) FASTREX_DISPATCH(normalise, prototypes + (ids ? ids[k] : k) * dim, dim);
     });
@@ -73,7 +73,7 @@ void prototypes_of(const Tensor& features, const Segments& segments, const int64
     }
     return low;
   };
-  at::parallel_for(0, rows + classes, grain, [&](int64_t begin, int64_t end) {
+  fastrex::parallel_for(0, rows + classes, grain, [&](int64_t begin, int64_t end) {
     FASTREX_DISPATCH(class_range, data, stride, order, offset, ids, first(begin), first(end), rows, dim, prototypes);
   });
 }
@@ -151,7 +151,7 @@ Segments segments_of(const Touched& touched, int64_t members, const int64_t* lab
     int32_t slot, number;
   };
   std::vector<std::vector<Found>> found((rows + SCAN - 1) / SCAN);
-  at::parallel_for(0, static_cast<int64_t>(found.size()), 1, [&](int64_t begin, int64_t end) {
+  fastrex::parallel_for(0, static_cast<int64_t>(found.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part)
       for (int64_t i = part * SCAN; i < std::min(rows, (part + 1) * SCAN); ++i)
         if (touched.has(label[i])) found[part].push_back({static_cast<int32_t>(i), touched.number(label[i])});

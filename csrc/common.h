@@ -1,11 +1,12 @@
 // What the operators of csrc/ share: the choice of an instruction set at run time, and small helpers around torch.
 //
 // Every operator keeps its loops in <op>.inl, which <op>.cpp includes once per instruction set through isa.h; the rest of
-// the file (checks, allocation, at::parallel_for, registration) is compiled once, for the baseline.
+// the file (checks, allocation, fastrex::parallel_for, registration) is compiled once, for the baseline.
 #pragma once
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <omp.h>
 #include <torch/library.h>
 
 #include <cstdint>
@@ -35,6 +36,28 @@ inline Isa isa() {
     return best;
   }();
   return found;
+}
+
+// How many threads this thread's loops take, as torch.set_num_threads has set it.
+//
+// at::parallel_for asks once per thread, and that question sets the thread back to the process's default; whether it
+// has been asked is known per library. A thread that had set its own number (a data loader's) would lose it here.
+inline int num_threads() {
+  static thread_local const bool asked = [] {
+    const int own = at::get_num_threads();
+    at::internal::lazy_init_num_threads();
+    omp_set_num_threads(own);
+    return true;
+  }();
+  (void)asked;
+  return at::get_num_threads();
+}
+
+// at::parallel_for with the number of threads that the calling thread has set.
+template <class F>
+inline void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& body) {
+  num_threads();
+  at::parallel_for(begin, end, grain, body);
 }
 
 }  // namespace fastrex

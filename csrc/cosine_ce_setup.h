@@ -43,7 +43,7 @@ bool low_products() {
 // Runs f(task, scratch of this thread) for all tasks.
 template <class F>
 void parallel(int64_t tasks, int64_t floats, const Tensor& scratch, bool low, F f) {
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+  fastrex::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     float* own = scratch.mutable_data_ptr<float>() + at::get_thread_num() * floats;
     for (int64_t task = begin; task < end; ++task) f(task, own);
     if (low) at::native::cpublas::brgemm_release(true);
@@ -87,13 +87,13 @@ struct Setup {
     label_rows(target, class_weight, first_class, num_classes, ignore_index, smoothing);
 
     per_thread = std::max<int64_t>(FASTREX_DISPATCH(scratch_floats, job, low), 64 * Dp);
-    scratch = at::empty({at::get_num_threads(), per_thread}, at::kFloat);
+    scratch = at::empty({fastrex::num_threads(), per_thread}, at::kFloat);
     float* inv_w = const_cast<float*>(job.inv_w);
     float* inv_x = const_cast<float*>(job.inv_x);
-    at::parallel_for(0, job.N, 64, [&](int64_t a, int64_t b) {
+    fastrex::parallel_for(0, job.N, 64, [&](int64_t a, int64_t b) {
       FASTREX_DISPATCH(inverse_norms, job.x, a, b, job.D, inv_x);
     });
-    at::parallel_for(0, job.C, 64, [&](int64_t a, int64_t b) {
+    fastrex::parallel_for(0, job.C, 64, [&](int64_t a, int64_t b) {
       FASTREX_DISPATCH(inverse_norms, job.w, a, b, job.D, inv_w);
     });
     if (job.smooth != 0.0f) {
@@ -143,7 +143,7 @@ struct Setup {
       q = adjacent(target.scalar_type() == at::kDouble ? target.to(at::kFloat) : target);
       job.q = matrix(q), job.q_rows = given;
       job.q_scale = (float)(1.0 - smoothing), job.q_add = job.smooth;
-      at::parallel_for(0, given, 16, [&](int64_t begin, int64_t end) {
+      fastrex::parallel_for(0, given, 16, [&](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; ++b) soft_row(b, num_classes, first_class, factor, factor_sum, label, total);
       });
       for (int64_t n = 0; n < N; ++n) {

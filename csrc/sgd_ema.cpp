@@ -190,7 +190,7 @@ void sgd_ema_(at::TensorList params, at::TensorList grads, at::TensorList buffer
   step.rate = static_cast<float>(1 - number(ema_momentum_scalar, ema_momentum));
   step.inv_scale = static_cast<float>(number(inv_scale, 1));
   step.near = step.rate < 0.5f;
-  at::parallel_for(0, total, GRAIN, [&](int64_t begin, int64_t end) {
+  fastrex::parallel_for(0, total, GRAIN, [&](int64_t begin, int64_t end) {
     auto x = std::upper_bound(entries.begin(), entries.end(), begin,
                               [](int64_t value, const Entry& entry) { return value < entry.end; });
     for (; x != entries.end() && x->end - x->size < end; ++x) {

@@ -87,3 +87,24 @@ static inline float sum(vf v) {
   for (int i = 0; i < W; ++i) total += v[i];
   return total;
 }
+
+// The larger and the smaller one of each lane: b's where one of them is a NaN.
+static inline vf larger(vf a, vf b) {
+#if defined(FASTREX_AVX512)
+  return (vf)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+#elif defined(FASTREX_AVX2)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+static inline vf smaller(vf a, vf b) {
+#if defined(FASTREX_AVX512)
+  return (vf)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
+#elif defined(FASTREX_AVX2)
+  return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+static inline vf magnitude(vf v) { return (vf)((vi)v & 0x7fffffff); }

@@ -9,6 +9,7 @@ from .augment import augment
 from .batch_norm_act import batch_norm_act
 from .class_means import bank_update_, class_means
 from .cosine_ce import Stats, cosine_cross_entropy
+from .crop_resize import crop_resize
 from .modules import CosineCrossEntropyLoss, CosineHead, OnlineClassMeans
 from .ops import OPS
 from .sgd_ema import sgd_ema_
@@ -25,5 +26,6 @@ __all__ = [
     "batch_norm_act",
     "class_means",
     "cosine_cross_entropy",
+    "crop_resize",
     "sgd_ema_",
 ]

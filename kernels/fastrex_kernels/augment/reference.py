@@ -1,6 +1,6 @@
 """Photometric augmentation in eager PyTorch: the definition of the op.
 
-Works on planar [3, n, H, W] pieces: channels and rows are then contiguous slices. Brightness, contrast and saturation
+Works on planar [C, n, H, W] pieces: channels and rows are then contiguous slices. Brightness, contrast and saturation
 are all ``a x + s grey + d`` with scalars per row, so they go together, whatever their order; hue is not, so rows are
 sorted by where it stands in their order, and it takes one contiguous slice per position. A row depends on itself alone,
 to the bit.
@@ -9,6 +9,7 @@ to the bit.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,34 +21,33 @@ _LUMA = (0.299, 0.587, 0.114)
 _PIXELS = 1 << 18  # of a piece: keeps memory small, is large enough to hide the cost of a call
 
 
-def augment_reference(
-    images: Tensor, params: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype
-) -> Tensor:
+def augment_reference(out: Tensor, images: Tensor, params: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
     """See :func:`fastrex_kernels.augment.augment`; on a GPU, parameters that lie there cost a sync."""
-    count, height, width, _ = images.shape
-    work = torch.float64 if dtype == torch.float64 else torch.float32
+    channels, (_, height, width, _) = out.shape[1], images.shape
+    work = torch.float64 if out.dtype == torch.float64 else torch.float32
     table = params.detach().to("cpu", work)
+    if channels == 1:
+        table = table.clone()
+        table[:, _SATURATION], table[:, _HUE], table[:, _GRAY] = 1, 0, 0
+        mean, std = [sum(mean) / 3], [sum(std) / 3]
     # Where hue stands in each row's order: 0 to 3, or 4 for rows that only blend, or 5 for rows without any jitter.
     orders = _ORDERS[table[:, _ORDER].long()]
     place = (orders == 3).int().argmax(dim=1)
     still = table[:, _HUE] == 0
     place[still] = 4
     place[still & (table[:, _BRIGHTNESS : _SATURATION + 1] == 1).all(dim=1)] = 5
-    sorted_rows = place.argsort(stable=True)
-    pieces = torch.empty((count, height, width, 3), dtype=dtype, device=images.device)
-    step = max(1, _PIXELS // (height * width))
-    with torch.no_grad():
-        for rows, out in zip(torch.split(sorted_rows, step), torch.split(pieces, step), strict=True):
-            x = _load(images, rows, table[rows, _FLIP], work)
-            _jitter(x, table[rows], orders[rows], place[rows])
-            _grayscale(x, table[rows, _GRAY])
-            _blur(x, table[rows, _BLUR])
-            _solarize(x, table[rows, _SOLARIZE])
-            for channel in range(3):
-                x[channel].div_(255).sub_(mean[channel]).div_(std[channel])
-            out.copy_(x.permute(1, 2, 3, 0))
-        restored = pieces.index_select(0, sorted_rows.argsort().to(pieces.device))
-    return restored.permute(0, 3, 1, 2)
+    target = out.permute(0, 2, 3, 1)
+    for rows in torch.split(place.argsort(stable=True), max(1, _PIXELS // (height * width))):
+        x = _load(images, rows, table[rows, _FLIP], work)
+        if channels == 1:
+            x = _gray(x)[None]
+        _jitter(x, table[rows], orders[rows], place[rows])
+        _grayscale(x, table[rows, _GRAY])
+        _blur(x, table[rows, _BLUR])
+        _solarize(x, table[rows, _SOLARIZE])
+        for plane, middle, spread in zip(x, mean, std, strict=True):
+            plane.div_(255).sub_(middle).div_(spread)
+        target.index_copy_(0, rows.to(out.device), x.permute(1, 2, 3, 0).to(out.dtype))
 
 
 def _load(images: Tensor, rows: Tensor, flip: Tensor, dtype: torch.dtype) -> Tensor:
@@ -64,7 +64,9 @@ def _column(values: Tensor, x: Tensor) -> Tensor:
 
 
 def _gray(x: Tensor) -> Tensor:
-    """ITU-R 601-2 luma of [3, n, H, W], as Pillow's mode L, not rounded."""
+    """ITU-R 601-2 luma of [3, n, H, W], as Pillow's mode L, not rounded; what is grey already is copied."""
+    if len(x) == 1:
+        return x[0].clone()
     return (x[0] * _LUMA[0]).add_(x[1], alpha=_LUMA[1]).add_(x[2], alpha=_LUMA[2])
 
 
@@ -146,7 +148,7 @@ def _blur(x: Tensor, radius: Tensor) -> None:
 
 
 def _convolve(x: Tensor, taps: Tensor) -> Tensor:
-    """Convolve [3, n, H, W] along H with the symmetric ``taps`` [n, T, 1, 1]."""
+    """Convolve [C, n, H, W] along H with the symmetric ``taps`` [n, T, 1, 1]."""
     height, reach = x.shape[2], taps.shape[1] // 2
     padded = pad(x, (0, 0, reach, reach), mode="replicate")
     out = padded[:, :, reach : reach + height] * taps[:, reach]
