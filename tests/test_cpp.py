@@ -82,3 +82,26 @@ print(len({line.split()[-1] for line in open("/proc/self/maps") if "gomp" in lin
 """
     run = python(code, OMP_NUM_THREADS="2")
     assert run.stdout.split() == ["1", "1"], run.stderr
+
+
+@built
+def test_a_thread_keeps_its_own_number_of_threads() -> None:
+    """Without care the first loop of a library in a thread sets it back to the process's default."""
+    code = """
+import threading, torch, fastrex_kernels as k
+from fastrex.data.ahead import compute_alone
+torch.set_num_threads(2)
+z, y = torch.zeros(8192, 256), torch.arange(8192) % 1000
+def work():
+    compute_alone()
+    k.class_means(z, y, 1000, impl="cpp")
+    print(torch.get_num_threads())
+for _ in range(2):
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+k.class_means(z, y, 1000, impl="cpp")
+print(torch.get_num_threads())
+"""
+    run = python(code, OMP_NUM_THREADS="2")
+    assert run.stdout.split() == ["1", "1", "2"], run.stderr
