@@ -6,14 +6,19 @@ import contextlib
 import dataclasses
 import io
 import os
+import random
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import environment
 from PIL import Image
 
-from fastrex.data import index, scan
+from fastrex.data import headers, index, scan
 from fastrex.data.index import Status
 from fastrex.errors import FastrexError
 
@@ -117,6 +122,25 @@ def test_names_that_are_not_utf8_survive_storage(tmp_path):
     assert all(loaded.path(row).read_bytes() == JPEG for row in range(3))
 
 
+def test_classes_that_differ_in_case_only_are_kept_apart_with_a_notice(tmp_path):
+    root = tree(tmp_path, "Dog/1.jpg", "dog/1.jpg", "DOG/1.jpg", "cat/1.jpg")
+    built = index.build(root)
+    assert built.classes == ("DOG", "Dog", "cat", "dog")
+    assert built.notices == ("classes 'DOG', 'Dog', 'dog' differ in case only and are kept apart",)
+    index.save(built, tmp_path / "index.npz")
+    assert index.load(tmp_path / "index.npz").notices == built.notices
+
+
+def test_symlinks_out_of_the_folder_are_followed(tmp_path):
+    tree(tmp_path / "data", "a/1.jpg", "b/2.jpg")
+    tree(tmp_path / "elsewhere", "3.jpg", "deep/4.jpg")
+    (tmp_path / "data" / "b" / "file.jpg").symlink_to(tmp_path / "elsewhere" / "3.jpg")
+    (tmp_path / "data" / "b" / "folder").symlink_to(tmp_path / "elsewhere" / "deep")
+    built = index.build(tmp_path / "data")
+    assert [name for name, _, _ in listed(built)] == ["a/1.jpg", "b/2.jpg", "b/file.jpg", "b/folder/4.jpg"]
+    assert built.bad() == []
+
+
 def test_symlink_loops_end_and_bring_no_other_class_in(tmp_path):
     tree(tmp_path / "data", "a/1.jpg", "b/2.jpg", "b/deep/3.jpg")
     for link, target in (("a/self", "."), ("a/up", "../.."), ("a/root", ".."), ("b/deep/back", "..")):
@@ -206,6 +230,36 @@ def test_every_odd_file_gets_its_status_and_its_decoded_shape(tmp_path):
     good = built.rows("train", 0.0)
     assert len(good) == len(built) - len(bad)
     assert (built.status[good] == Status.OK).all()
+
+
+def by_pillow(path: Path) -> tuple[int, int, int]:
+    with open(path, "rb") as file:
+        return headers._examine_by_pillow(file.fileno(), 0, path.stat().st_size)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_quick_look_at_a_header_says_what_pillow_says(tmp_path):
+    path, rng = tmp_path / "x", random.Random(0)
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112], exif[0x011A] = "maker", 8, 72.0
+    more = [encoded(exif=exif, icc_profile=b"x" * 3000), encoded("PNG", dpi=(72, 72)), encoded("PNG", mode="P")]
+    seeds = [data for data, _, _ in ODD.values() if data[:3] in (b"\xff\xd8\xff", b"\x89PN") and len(data) < 10_000]
+    quick = 0
+    for turn in range(3000):
+        data = bytearray(rng.choice([*seeds, *more]))
+        if turn > 100:
+            for _ in range(rng.choice([1, 1, 3])):
+                place = rng.randrange(min(len(data), 700))
+                new = [b"", b"\0", b"\xff", b"\xff\xd9", bytes([rng.randrange(256)]), b"\xe1", b"\0\x08"]
+                data[place : place + rng.randrange(3)] = rng.choice(new)
+        path.write_bytes(data)
+        with open(path, "rb") as file, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(headers, "_examine_by_pillow", lambda *place: None)
+            found = headers.examine(file.fileno(), 0, len(data))
+        if found is not None:
+            quick += 1
+            assert found == by_pillow(path), bytes(data)
+    assert quick > 500
 
 
 def test_the_training_decoder_sees_the_same_shapes_and_refuses_what_is_bad():
@@ -325,6 +379,21 @@ def test_progress_counts_every_file_up_to_all(tmp_path):
     assert calls == [(64, 140), (128, 140), (140, 140)]
 
 
+def test_files_that_are_waited_for_are_read_by_several_threads():
+    users: set[str] = set()
+
+    def wait(number: int) -> int:
+        users.add(threading.current_thread().name)
+        time.sleep(0.002)
+        return number
+
+    assert list(scan.in_order(wait, range(100), threads=4)) == list(range(100))
+    assert len(users) == 5
+    users.clear()
+    assert list(scan.in_order(wait, range(20), threads=1)) == list(range(20))
+    assert len(users) == 1
+
+
 def test_an_interrupt_stops_the_scan(tmp_path):
     tree(tmp_path, *(f"{name}/{i}.jpg" for name in "ab" for i in range(70)))
 
@@ -403,8 +472,62 @@ def test_damaged_missing_and_newer_indexes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(index, "VERSION", index.VERSION + 1)
     index.save(built, path)
     monkeypatch.undo()
-    with pytest.raises(FastrexError, match="index format 2, this fastrex reads 1; run"):
+    with pytest.raises(
+        FastrexError, match=f"index format {index.VERSION + 1}, this fastrex reads {index.VERSION}; run"
+    ):
         index.load(path)
+
+
+def test_an_index_of_the_first_format_is_built_anew(tmp_path, monkeypatch):
+    root = tree(tmp_path / "data", "a/1.jpg", "b/2.jpg")
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "VERSION", 1)
+        index.save(index.build(root), index.default_path(root))
+    with pytest.raises(FastrexError, match="index format 1, this fastrex reads"):
+        index.load(index.default_path(root))
+    assert len(index.open_or_build(root)) == 2
+
+
+def test_other_statuses_make_another_index(tmp_path):
+    root = tree(tmp_path / "data", "a/1.jpg", "a/2.jpg", "b/3.jpg", "c/4.jpg")
+    built = index.build(root)
+    changed = built.with_status([1, 2], [Status.DECODE, Status.CHANGED])
+    assert [name for name, _ in changed.bad()] == ["a/2.jpg", "b/3.jpg"]
+    assert changed.fingerprint != built.fingerprint
+    assert built.bad() == []
+    assert same(changed.with_status([1, 2], [Status.OK, Status.OK]), built)
+    # What was found bad stays bad until the index is built anew; a class may end with it.
+    index.save(built.with_status([1], [Status.DECODE]), index.default_path(root))
+    assert len(index.open_or_build(root).bad()) == 1
+    index.save(changed, index.default_path(root))
+    with pytest.raises(FastrexError, match=r"no readable training image in class 'b'.*data\.empty_classes=skip"):
+        index.open_or_build(root)
+    skipped = index.open_or_build(root, empty_classes="skip")
+    assert (skipped.classes, skipped.skipped) == (("a", "c"), ("b",))
+    assert listed(skipped) == [("a/1.jpg", "a", 0), ("a/2.jpg", "a", 0), ("c/4.jpg", "c", 0)]
+
+
+def test_an_index_as_large_as_imagenet_is_loaded_in_300_mb(tmp_path):
+    rows = 1_281_167
+    labels = np.sort(np.arange(rows) % 1000).astype(np.int32)
+    paths = [b"train/n%08d/n%08d_%d.JPEG" % (label, label, row) for row, label in enumerate(labels.tolist())]
+    columns = {name: np.ones(rows, dtype) for name, dtype in (index.COLUMNS | index.PLACES).items()}
+    columns |= {"labels": labels, "status": np.zeros(rows, np.uint8), "shard": (labels % 99).astype(np.int32)}
+    columns["offsets"] = np.concatenate(([0], np.cumsum([len(path) for path in paths])))
+    meta = {"root": "/data", "layout": "single", "classes": [str(label) for label in range(1000)], "skipped": []}
+    meta |= {"ignored": 0, "notices": [], "shards": [f"{number}.tar" for number in range(99)], "stamp": ""}
+    index.save(index._assemble(meta, b"".join(paths), columns), tmp_path / "index.npz")
+    del paths, columns, labels
+    # Not getrusage: its peak is that of the process which started this one, too.
+    code = (
+        "import re, sys; from fastrex.data import index; built = index.load(sys.argv[1]); "
+        "print(len(built), *re.findall(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read()))"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "index.npz")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment())
+    loaded, kilobytes = map(int, done.stdout.split())
+    assert loaded == rows
+    assert kilobytes < 300_000
 
 
 @pytest.mark.parametrize("labels", [[0, 2], [-1, 0], [1, 0]])

@@ -1,4 +1,4 @@
-"""The index of an image folder: one row per file with its label, shape and status, built once, stored, checked.
+"""The index of a data set: one row per image with its label, shape, place and status, built once, stored, checked.
 
 A single broken file kills a decoding pipeline in mid-training without being named, so broken files are found here.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import secrets
@@ -19,11 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import FastrexError
-from .scan import LAYOUT_HELP, REASONS, Progress, Status, find_layout, list_images, probe_files, quoted
+from .headers import probe
+from .scan import LAYOUT_HELP, REASONS, Progress, Status, case_clashes, quoted
+from .sources import find_source
 
 __all__ = ["Index", "Progress", "Status", "build", "cache_dir", "default_path", "load", "open_or_build", "save"]
 
-VERSION = 1
+VERSION = 2
 COLUMNS = {
     "labels": np.int32,
     "heights": np.int32,
@@ -34,17 +37,22 @@ COLUMNS = {
     "split_key": np.uint32,
     "offsets": np.int64,
 }
+PLACES = {"shard": np.int32, "first": np.int64}
+META = ("layout", "classes", "skipped", "ignored", "notices", "shards", "stamp")
 
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """One row per file, sorted by split, class and relative path; N rows, C classes; the arrays are read-only.
+    """One row per image, sorted by split, class and relative path; N rows, C classes; the arrays are read-only.
 
     ``heights`` and ``widths`` are those of the decoded image (EXIF orientation applied), 0 where unknown. ``sizes``
-    are bytes. ``split`` is 0 for train and 1 for val; ``split_key`` (blake2b of the relative path) ranks the held-out
-    choice. The relative path of row i is ``blob[offsets[i]:offsets[i + 1]]`` in the file system's encoding.
-    ``fingerprint`` is a sha256 of all that, ``stamp`` one of the class folders' modification times. ``ignored`` counts
-    files with other extensions, ``skipped`` names the classes left out for want of a readable training image.
+    are bytes. ``split`` is 0 for train and 1 for val; ``split_key`` (blake2b of the path, see ``Listing.hashed``)
+    ranks the held-out choice. The relative path of row i is ``blob[offsets[i]:offsets[i + 1]]`` in the file system's
+    encoding. Where there are ``shards``, row i lies in ``shards[shard[i]]`` from byte ``first[i]`` on; else both are
+    empty.
+    ``fingerprint`` is a sha256 of all that, ``stamp`` one of what tells whether the source has changed. ``ignored``
+    counts files and lines that name no image to train on, ``skipped`` names the classes left out for want of a readable
+    training image, ``notices`` say what is odd about the source.
     """
 
     root: Path
@@ -63,17 +71,48 @@ class Index:
     stamp: str
     ignored: int
     skipped: tuple[str, ...]
+    notices: tuple[str, ...]
+    shards: tuple[str, ...]
+    shard: NDArray[np.int32]
+    first: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def relative(self, row: int) -> str:
-        """Path of ``row`` relative to the root; bytes that are not UTF-8 appear as surrogate escapes."""
+        """Path of ``row`` relative to the root; bytes that are not UTF-8 appear as surrogate escapes.
+
+        That of an image in a shard begins with the shard, as if it were a folder.
+        """
         return os.fsdecode(self.blob[self.offsets[row] : self.offsets[row + 1]])
 
+    def name(self, row: int) -> str:
+        """What errors and logs call ``row``: its relative path."""
+        return self.relative(row)
+
     def path(self, row: int) -> Path:
-        """Path of ``row``."""
+        """Path of ``row``, where the images are files of their own."""
         return self.root / self.relative(row)
+
+    def locate(self, row: int) -> tuple[str, int, int]:
+        """Where the bytes of ``row`` lie: absolute path of the file, first byte, number of bytes."""
+        if self.shards:
+            return os.path.join(self.root, self.shards[self.shard[row]]), int(self.first[row]), int(self.sizes[row])
+        return os.path.join(self.root, self.relative(row)), 0, int(self.sizes[row])
+
+    def with_status(
+        self, rows: Sequence[int] | NDArray[np.int64], statuses: Sequence[int] | NDArray[np.uint8]
+    ) -> Index:
+        """This index with other :class:`Status` for ``rows``, and so with another fingerprint."""
+        status = self.status.copy()
+        status[np.asarray(rows, np.int64)] = statuses
+        return _assemble(self._meta(), self.blob, self._columns() | {"status": status})
+
+    def _meta(self) -> dict[str, Any]:
+        return {"root": str(self.root)} | {name: getattr(self, name) for name in META}
+
+    def _columns(self) -> dict[str, NDArray[Any]]:
+        return {name: getattr(self, name) for name in (COLUMNS | PLACES if self.shards else COLUMNS)}
 
     def rows(self, split: str, held_out: float) -> NDArray[np.int64]:
         """Sorted int64 rows of the readable images of ``split``, "train" or "val".
@@ -110,102 +149,106 @@ def cache_dir() -> Path:
 
 
 def default_path(root: str | Path) -> Path:
-    """Where ``fastrex data index`` puts the index of ``root``: ``.fastrex/index.npz`` in it, or the cache folder if it
-    is read-only."""
-    inside, cached = _stored_paths(root)
-    folder = inside.parent
-    writable = os.access(folder if folder.exists() else folder.parent, os.W_OK | os.X_OK)
-    return inside if writable and (folder.is_dir() or not folder.exists()) else cached
+    """Where ``fastrex data index`` puts the index of ``root``: ``.fastrex/index.npz`` in a folder, or the cache folder
+    if that is read-only or ``root`` a file."""
+    *inside, cached = _stored_paths(root)
+    for path in inside:
+        folder = path.parent
+        writable = os.access(folder if folder.exists() else folder.parent, os.W_OK | os.X_OK)
+        if writable and (folder.is_dir() or not folder.exists()):
+            return path
+    return cached
 
 
 def open_or_build(
     root: str | Path, *, threads: int = 0, progress: Progress | None = None, empty_classes: str = "error"
 ) -> Index:
-    """The stored index of ``root`` if it is good and the folder kept its shape, else a new one, which is stored in the
+    """The stored index of ``root`` if it is good and the source kept its shape, else a new one, which is stored in the
     cache folder.
 
-    The shape is the set of class folders and their modification times: files added, removed or renamed directly in a
-    class folder are noticed; files changed in place or inside a nested folder are not (``fastrex data index`` builds
-    anew). Arguments and errors as for :func:`build`.
+    The shape of a folder is the set of class folders and their modification times: files added, removed or renamed
+    directly in a class folder are noticed; files changed in place or inside a nested folder are not (``fastrex data
+    index`` builds anew). That of shards is their names, sizes and modification times; that of a list, its bytes.
+    Arguments and errors as for :func:`build`.
     """
-    layout = find_layout(root)
-    for path in _stored_paths(layout.root):
+    source = find_source(root)
+    stamp = source.stamp
+    # The newest first: what the check found since must not be hidden by an older index that could not be replaced.
+    for path in sorted(_stored_paths(root), key=_modified, reverse=True):
         try:
             index = load(path)
         except FastrexError:
             continue
-        if index.stamp == layout.stamp:
+        if index.stamp == stamp:
             if empty_classes == "error":
-                _refuse_empty(layout.root, index.skipped)
-            return dataclasses.replace(index, root=layout.root)
+                _refuse_empty(_place(root), index.skipped)
+            index = dataclasses.replace(index, root=source.root)
+            # `fastrex data check` may have found the last images of a class bad.
+            return _without_empty(_place(root), index, empty_classes)
     index = build(root, threads=threads, progress=progress, empty_classes=empty_classes)
     # Training never writes into a folder of images unasked; `fastrex data index` does, so that others find it there.
-    save(index, _stored_paths(layout.root)[1])
+    save(index, _stored_paths(root)[-1])
     return index
 
 
 def build(
     root: str | Path, *, threads: int = 0, progress: Progress | None = None, empty_classes: str = "error"
 ) -> Index:
-    """Index of the image folder ``root``.
+    """Index of ``root``: an image folder, a list of images (.csv, .tsv, .jsonl), a tar shard or a folder of them.
 
     threads: header readers (0 = four per core); progress: called with (files done, files in all); empty_classes:
-    "error" refuses classes without a readable training image, "skip" leaves them out, with their val folder.
-    FastrexError for a folder that cannot be trained on.
+    "error" refuses classes without a readable training image, "skip" leaves them out, with their val images.
+    FastrexError for a source that cannot be trained on.
     """
     if empty_classes not in ("error", "skip"):
         raise ValueError(f'build: empty_classes must be "error" or "skip", got {empty_classes!r}')
-    layout = find_layout(root)
-    files = list_images(layout)
+    source = find_source(root)
+    place, stamp = _place(root), source.stamp
+    files = source.listing(threads)
     if not files.paths:
-        fact = f"no image in any class folder, {files.ignored} other files"
-        raise FastrexError(f"{str(layout.root)!r}: {fact}; {LAYOUT_HELP}")
-    train = files.splits == 0
-    names = np.array(layout.classes, object)
+        fact = f"no image in any {'shard' if files.shards else 'class folder'}, {files.ignored} other files"
+        hint = (
+            "; tar shards must not stand beside folders" if list(source.root.glob("*.tar")) and not files.shards else ""
+        )
+        raise FastrexError(f"{place}: {fact}; {LAYOUT_HELP}{hint}")
     # Before the scan, which may take minutes, what needs no file opened.
     if empty_classes == "error":
-        _refuse_empty(layout.root, names[np.bincount(files.labels[train], minlength=len(names)) == 0])
-    probed = probe_files(layout.root, files.paths, threads, progress)
-    readable = train & (probed[:, 3] == Status.OK)
-    if not readable.any():
-        first = int(np.argmax(train))
-        fact = f"{os.fsdecode(files.paths[first])!r}: {REASONS[Status(probed[first, 3])]}"
-        raise FastrexError(f"{str(layout.root)!r}: no readable training image ({fact}); {LAYOUT_HELP}")
-    filled = np.bincount(files.labels[readable], minlength=len(names)) > 0
-    if empty_classes == "error":
-        _refuse_empty(layout.root, names[~filled])
-    if filled.sum() < 2:
-        fact = f"only {quoted(list(names[filled]))} holds images, training needs two classes"
-        raise FastrexError(f"{str(layout.root)!r}: {fact}; {LAYOUT_HELP}")
-    kept = np.flatnonzero(filled[files.labels])
-    paths = [files.paths[row] for row in kept]
-    columns = {
-        "labels": (np.cumsum(filled) - 1)[files.labels[kept]],
-        "heights": probed[kept, 1],
-        "widths": probed[kept, 2],
-        "sizes": probed[kept, 0],
-        "status": probed[kept, 3],
-        "split": files.splits[kept],
-        "split_key": np.frombuffer(b"".join(hashlib.blake2b(p, digest_size=4).digest() for p in paths), "<u4"),
-        "offsets": np.concatenate(([0], np.cumsum([len(path) for path in paths]))),
+        named = np.bincount(files.labels[files.splits == 0], minlength=len(files.classes)) > 0
+        _refuse_empty(place, [name for name, there in zip(files.classes, named, strict=True) if not there])
+    probed = probe(files, threads, progress)
+    columns: dict[str, NDArray[Any]] = {
+        "labels": files.labels,
+        "heights": probed[:, 1],
+        "widths": probed[:, 2],
+        "sizes": probed[:, 0],
+        "status": probed[:, 3],
+        "split": files.splits,
+        "split_key": np.frombuffer(b"".join(hashlib.blake2b(k, digest_size=4).digest() for k in files.hashed()), "<u4"),
+        "offsets": np.concatenate(([0], np.cumsum([len(path) for path in files.paths]))),
+        "shard": files.shard,
+        "first": files.first,
     }
     meta = {
-        "root": str(layout.root),
-        "layout": layout.name,
-        "classes": list(names[filled]),
-        "skipped": list(names[~filled]),
+        "root": str(source.root),
+        "layout": files.layout,
+        "classes": files.classes,
+        "skipped": (),
         "ignored": files.ignored,
-        "stamp": layout.stamp,
+        "notices": files.notices,
+        "shards": files.shards,
+        "stamp": stamp,
     }
-    return _assemble(meta, b"".join(paths), {name: columns[name].astype(dtype) for name, dtype in COLUMNS.items()})
+    kinds = COLUMNS | PLACES if files.shards else COLUMNS
+    index = _assemble(meta, b"".join(files.paths), {name: columns[name].astype(kinds[name]) for name in kinds})
+    index = _without_empty(place, index, empty_classes)
+    return dataclasses.replace(index, notices=(*index.notices, *case_clashes(index.classes)))
 
 
 def save(index: Index, path: str | Path) -> None:
     """Write ``index`` to ``path`` (npz, no pickle) by one atomic rename; a failure leaves what was there before."""
     path = Path(path)
-    meta = {"version": VERSION, "root": str(index.root)}
-    meta |= {name: getattr(index, name) for name in ("layout", "classes", "skipped", "ignored", "stamp", "fingerprint")}
-    arrays = {name: getattr(index, name) for name in COLUMNS}
+    meta = {"version": VERSION, "fingerprint": index.fingerprint} | index._meta()
+    arrays: dict[str, Any] = index._columns()
     arrays |= {"blob": np.frombuffer(index.blob, np.uint8), "meta": np.frombuffer(json.dumps(meta).encode(), np.uint8)}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
@@ -225,14 +268,15 @@ def save(index: Index, path: str | Path) -> None:
 
 
 def load(path: str | Path) -> Index:
-    """Read what :func:`save` wrote, checked against its fingerprint. FastrexError if missing, damaged or newer."""
+    """Read what :func:`save` wrote, checked against its fingerprint. FastrexError if missing, damaged or of another
+    version."""
     name, way_out = repr(str(path)), "run `fastrex data index PATH` again"
     try:
         # numpy leaves a file that it opened itself open when the archive is damaged.
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = dict(stored)
         meta = json.loads(arrays.pop("meta").tobytes())
-        if meta["version"] > VERSION:
+        if meta["version"] != VERSION:
             raise FastrexError(f"{name}: index format {meta['version']}, this fastrex reads {VERSION}; {way_out}")
         index = _assemble(meta, arrays.pop("blob").tobytes(), arrays)
         if index.fingerprint != meta["fingerprint"]:
@@ -246,42 +290,107 @@ def load(path: str | Path) -> Index:
     return index
 
 
+def _without_empty(place: str, index: Index, empty_classes: str) -> Index:
+    """``index`` without the classes that have no readable training image; FastrexError where there is one and
+    ``empty_classes`` is "error", or where fewer than two classes are left."""
+    names = index.classes
+    readable = (index.split == 0) & (index.status == Status.OK)
+    if not readable.any():
+        first = int(np.argmin(index.split))
+        fact = f"{index.relative(first)!r}: {REASONS[Status(index.status[first])]}"
+        raise FastrexError(f"{place}: no readable training image ({fact}); {LAYOUT_HELP}")
+    filled = np.bincount(index.labels[readable], minlength=len(names)) > 0
+    empty = [name for name, there in zip(names, filled, strict=True) if not there]
+    if empty_classes == "error":
+        _refuse_empty(place, empty)
+    if filled.sum() < 2:
+        fact = f"only {quoted([names[int(np.argmax(filled))]])} holds images, training needs two classes"
+        raise FastrexError(f"{place}: {fact}; {LAYOUT_HELP}")
+    if not empty:
+        return index
+    kept = np.flatnonzero(filled[index.labels])
+    paths = [index.blob[index.offsets[row] : index.offsets[row + 1]] for row in kept]
+    columns = {name: column[kept] for name, column in index._columns().items() if name != "offsets"}
+    columns["labels"] = (np.cumsum(filled) - 1)[columns["labels"]].astype(np.int32)
+    columns["offsets"] = np.concatenate(([0], np.cumsum([len(path) for path in paths]))).astype(np.int64)
+    classes = tuple(name for name, there in zip(names, filled, strict=True) if there)
+    meta = index._meta() | {"classes": classes, "skipped": (*index.skipped, *empty)}
+    return _assemble(meta, b"".join(paths), columns)
+
+
 def _assemble(meta: dict[str, Any], blob: bytes, columns: dict[str, Any]) -> Index:
     """Index over ``columns``, whose shapes, types and ranges are checked; the fingerprint is computed."""
-    digest = hashlib.sha256(json.dumps([meta["layout"], meta["classes"]]).encode())
-    rows = len(columns["labels"])
-    for name, dtype in COLUMNS.items():
-        column = columns[name]
-        if column.dtype != dtype or column.shape != (rows + (name == "offsets"),):
-            raise ValueError(f"index: column {name} must be {np.dtype(dtype)}, got {column.dtype} {column.shape}")
-        column.setflags(write=False)
-        digest.update(column.astype(column.dtype.newbyteorder("<"), copy=False).data)
+    digest = hashlib.sha256(json.dumps([meta["layout"], list(meta["classes"])]).encode())
+    rows, shards = len(columns["labels"]), tuple(meta["shards"])
+
+    def take(kinds: dict[str, Any]) -> None:
+        for name, dtype in kinds.items():
+            column = columns[name]
+            if column.dtype != dtype or column.shape != (rows + (name == "offsets"),):
+                raise ValueError(f"index: column {name} must be {np.dtype(dtype)}, got {column.dtype} {column.shape}")
+            column.setflags(write=False)
+            digest.update(column.astype(column.dtype.newbyteorder("<"), copy=False).data)
+
+    take(COLUMNS)
     digest.update(blob)
+    if shards:
+        digest.update(json.dumps(shards).encode())
+        take(PLACES)
+        if columns["shard"].min() < 0 or columns["shard"].max() >= len(shards) or columns["first"].min() < 0:
+            raise ValueError("index: an image lies outside of the shards")
     offsets, labels = columns["offsets"], columns["labels"]
     if offsets[0] != 0 or offsets[-1] != len(blob) or (np.diff(offsets) <= 0).any():
         raise ValueError("index: offsets must rise from 0 to the length of the paths")
     if labels.min() < 0 or labels.max() >= len(meta["classes"]) or columns["status"].max() > max(Status):
         raise ValueError("index: labels must name a class and status a reason")
+    _refuse_outside(blob, offsets, shards)
+    empty = {name: np.empty(0, dtype) for name, dtype in PLACES.items()}
     return Index(
         root=Path(meta["root"]),
         layout=meta["layout"],
         classes=tuple(meta["classes"]),
         skipped=tuple(meta["skipped"]),
         ignored=meta["ignored"],
+        notices=tuple(meta["notices"]),
         stamp=meta["stamp"],
+        shards=shards,
         blob=blob,
         fingerprint=digest.hexdigest(),
-        **{name: columns[name] for name in COLUMNS},
+        **(empty | {name: columns[name] for name in (COLUMNS | PLACES if shards else COLUMNS)}),
     )
 
 
-def _stored_paths(root: str | Path) -> tuple[Path, Path]:
+def _refuse_outside(blob: bytes, offsets: NDArray[np.int64], shards: Sequence[str]) -> None:
+    """An index may come with somebody else's data: its paths stay below the root."""
+    suspects = [os.fsencode(name) for name in shards]
+    letters = np.frombuffer(blob, np.uint8)
+    if b".." in blob:
+        suspects += [blob[start:end] for start, end in itertools.pairwise(offsets.tolist())]
+    if (
+        b"\0" in blob
+        or (letters[offsets[:-1]] == ord("/")).any()
+        or any(path.startswith(b"/") or b"\0" in path or b".." in path.split(b"/") for path in suspects)
+    ):
+        raise ValueError("index: a path leads out of the folder")
+
+
+def _place(root: str | Path) -> str:
+    return repr(os.path.abspath(Path(root).expanduser()))
+
+
+def _stored_paths(root: str | Path) -> list[Path]:
+    """Where an index of ``root`` may be stored; the last place is in the cache folder."""
     root = Path(root).expanduser()
     key = hashlib.blake2b(os.fsencode(root.resolve()), digest_size=16).hexdigest()
-    return root / ".fastrex" / "index.npz", cache_dir() / "index" / f"{key}.npz"
+    inside = [] if root.is_file() else [root / ".fastrex" / "index.npz"]
+    return [*inside, cache_dir() / "index" / f"{key}.npz"]
 
 
-def _refuse_empty(root: Path, names: Sequence[str] | NDArray[Any]) -> None:
-    if len(names):
-        way_out = "add images, remove the folder, or set data.empty_classes=skip"
-        raise FastrexError(f"{str(root)!r}: no readable training image in {quoted(list(names))}; {way_out}")
+def _modified(path: Path) -> float:
+    return path.stat().st_mtime if path.is_file() else 0.0
+
+
+def _refuse_empty(place: str, names: Sequence[str]) -> None:
+    if names:
+        way_out = "add images, remove the class, or set data.empty_classes=skip"
+        raise FastrexError(f"{place}: no readable training image in {quoted(names)}; {way_out}")

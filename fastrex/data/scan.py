@@ -1,4 +1,4 @@
-"""Reading an image folder: which class folders it has, which files, and whether each file can be trained on.
+"""Reading an image folder: which class folders it has, and which files; and what every kind of source has in common.
 
 Layouts: ``train/CLASS/..`` with ``val/`` (or ``validation/``, or ``test/``) beside it, ``train/`` alone, ``CLASS/..``.
 Everything hidden (a leading dot) is ignored; files deeper inside a class folder belong to that class.
@@ -8,32 +8,31 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
-import warnings
-from collections.abc import Callable, Sequence
+import re
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
-from typing import IO
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from ..errors import FastrexError
 
 Progress = Callable[[int, int], None]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 PIXEL_LIMIT = 178_956_970
 SUFFIXES = frozenset([".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"])
-FORMATS = frozenset(["JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000"])
 SPLITS = frozenset(["train", "val", "validation", "test"])
-END_MARKERS = {"JPEG": b"\xff\xd9", "JPEG2000": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-TAILS = (16, 1 << 16, 1 << 62)
-EXIF_ORIENTATION = 0x0112
-CHUNK = 64
 LAYOUT_HELP = "expected CLASS/IMAGE.jpg, or train/CLASS/IMAGE.jpg and val/CLASS/IMAGE.jpg"
+SOURCE_HELP = "give the folder with the images, a list of them (.csv, .tsv, .jsonl) or tar shards"
+LABEL_LIMIT = 1024
+BURST = 16  # items per thread between two looks at whether threads help
 
 
 class Status(IntEnum):
@@ -46,6 +45,8 @@ class Status(IntEnum):
     FORMAT = 4
     TOO_LARGE = 5
     TRUNCATED = 6
+    DECODE = 7
+    CHANGED = 8
 
 
 REASONS = {
@@ -56,6 +57,8 @@ REASONS = {
     Status.FORMAT: "an image format that the decoder does not read",
     Status.TOO_LARGE: f"more than {PIXEL_LIMIT} pixels",
     Status.TRUNCATED: "cut off or damaged: its end is missing",
+    Status.DECODE: "the decoder cannot read it",
+    Status.CHANGED: "changed since it was indexed",
 }
 
 
@@ -82,6 +85,10 @@ class Layout:
         """Sorted class names of the training split."""
         return [folder.name for folder in self.folders if folder.split == 0]
 
+    def listing(self, threads: int) -> Listing:
+        """The files of the class folders. ``threads`` is for sources that need them."""
+        return list_images(self)
+
     @property
     def stamp(self) -> str:
         """sha256 over class folders and modification times: changes when files or folders come, go or are renamed."""
@@ -93,37 +100,66 @@ class Layout:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a layout in order: relative paths, label and split of each; ``ignored`` counts other extensions."""
+    """The images of a source, sorted by split, class and path; none has been opened.
 
+    ``paths`` are relative to ``root``; ``ignored`` counts what is left out. Where there are ``shards`` (paths relative
+    to ``root``), image i is the ``lengths[i]`` bytes from byte ``first[i]`` of ``shards[shard[i]]``, ``given[i]`` is
+    the :class:`Status` that is known already, and ``paths[i]`` begins with the name of the shard.
+    """
+
+    root: Path
+    layout: str
+    classes: tuple[str, ...]
     paths: list[bytes]
     labels: NDArray[np.int32]
     splits: NDArray[np.uint8]
     ignored: int
+    notices: tuple[str, ...] = ()
+    shards: tuple[str, ...] = ()
+    shard: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    first: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    lengths: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    given: NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
+
+    def file(self, row: int) -> bytes:
+        """Path of the file that holds the bytes of ``row``."""
+        inside = os.fsencode(self.shards[self.shard[row]]) if self.shards else self.paths[row]
+        return os.path.join(os.fsencode(self.root), inside)
+
+    def hashed(self) -> list[bytes]:
+        """What the held-out choice hangs on: the paths, without the shards' names, and one extension for every JPEG;
+        so that a folder and the shards made from it hold the same images out."""
+        if not self.shards:
+            return [plain_suffix(path) for path in self.paths]
+        lengths = [len(os.fsencode(name)) + 1 for name in self.shards]
+        return [
+            plain_suffix(path[lengths[shard] :]) for path, shard in zip(self.paths, self.shard.tolist(), strict=True)
+        ]
 
 
 def find_layout(root: str | Path) -> Layout:
     """Layout of the folder ``root``; FastrexError where it is none that can be trained on."""
     root = Path(os.path.abspath(Path(root).expanduser()))
     if not root.exists():
-        raise FastrexError(f"{str(root)!r} does not exist; give the folder with the images (--data PATH)")
+        raise FastrexError(f"{str(root)!r} does not exist; {SOURCE_HELP} (--data PATH)")
     if not root.is_dir():
-        raise FastrexError(f"{str(root)!r} is a file; give the folder with the images; {LAYOUT_HELP}")
-    names = set(_subfolders(root))
+        raise FastrexError(f"{str(root)!r} is a file; {SOURCE_HELP}; {LAYOUT_HELP}")
+    names = set(subfolders(root))
     splits, layout = [root], "single"
     # A class may be called "train" (CIFAR-100 has one): a split holds folders, or stands among splits only.
-    if "train" in names and (names <= SPLITS or _subfolders(root / "train")):
+    if "train" in names and (names <= SPLITS or subfolders(root / "train")):
         splits = [root / "train"]
         if held_out := names & {"val", "validation"}:
             layout, splits = "train+val", [root / "train", root / min(held_out)]
-        elif "test" in names and _subfolders(root / "test"):
+        elif "test" in names and subfolders(root / "test"):
             layout, splits = "train+test", [root / "train", root / "test"]
     elif names and names <= SPLITS:
         raise FastrexError(f"{str(root)!r}: found {'/, '.join(sorted(names))}/ but no train/; {LAYOUT_HELP}")
     folders = []
     for split, folder in enumerate(splits):
-        classes = _subfolders(folder)
+        classes = subfolders(folder)
         if not classes:
-            images = sum(_is_image(entry.name) for entry in _visible(str(folder)))
+            images = sum(_is_image(entry.name) for entry in visible(str(folder)))
             fact = f"no class folders, {images} images directly in it"
             raise FastrexError(f"{str(folder)!r}: {fact}; {LAYOUT_HELP}: move the images into one folder per class")
         for name in classes:
@@ -153,31 +189,88 @@ def list_images(layout: Layout) -> Listing:
         ignored += len(found) - len(images)
     labels = np.array([number[folder.name] for folder in layout.folders], np.int32)
     splits = np.array([folder.split for folder in layout.folders], np.uint8)
-    return Listing(paths, np.repeat(labels, counts), np.repeat(splits, counts), ignored)
+    labels, splits = np.repeat(labels, counts), np.repeat(splits, counts)
+    return Listing(layout.root, layout.name, tuple(layout.classes), paths, labels, splits, ignored)
 
 
-def probe_files(root: Path, paths: Sequence[bytes], threads: int, progress: Progress | None) -> NDArray[np.int64]:
-    """int64 [N, 4]: bytes, height, width and :class:`Status` of every file, read by a pool of threads."""
-    result = np.empty((len(paths), 4), np.int64)
-    base = os.fsencode(root)
+def name_splits(words: Iterable[str], place: str) -> tuple[str, dict[str, int]]:
+    """Layout for the split ``words`` that occur at ``place``, and the split of each word; a word without one (test,
+    where there is val) names images to leave out. Without any word: "single"."""
+    found = set(words)
+    if not found:
+        return "single", {}
+    if unknown := found - SPLITS:
+        raise FastrexError(f"{place}: split {min(unknown)!r} is none of {', '.join(sorted(SPLITS))}")
+    if "train" not in found:
+        raise FastrexError(f"{place}: found {', '.join(sorted(found))} but no train; name the training images, too")
+    if found & {"val", "validation"}:
+        return "train+val", {"train": 0, "val": 1, "validation": 1}
+    return ("train+test" if "test" in found else "single"), {"train": 0, "test": 1}
 
-    def chunk(start: int) -> list[tuple[int, int, int, int]]:
-        return [_probe(os.path.join(base, path)) for path in paths[start : start + CHUNK]]
 
-    Image.init()  # Pillow loads its rarer readers on demand, but not safely from several threads
-    starts = range(0, len(paths), CHUNK)
-    # Pillow warns about large images and odd metadata; what matters here is in the status.
-    with warnings.catch_warnings(), ThreadPoolExecutor(threads or 4 * (os.cpu_count() or 1)) as pool:
-        warnings.simplefilter("ignore")
-        try:
-            for start, rows in zip(starts, pool.map(chunk, starts), strict=True):
-                result[start : start + len(rows)] = rows
-                if progress:
-                    progress(start + len(rows), len(paths))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return result
+def label_text(value: object) -> str:
+    """A label of a list or a shard as text: a class's name, or a number from 0 to 2^31 - 1 in its shortest form.
+
+    ValueError says what is wrong with it.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"label {value!r:.50} is neither a name nor a whole number")
+    text = value.strip()
+    if re.fullmatch(r"-?[0-9]+", text) and (text.startswith("-") or len(text) > 10 or int(text) >= 1 << 31):
+        raise ValueError(f"label {text[:50]} is out of range (0 to 2147483647)")
+    if not text or len(text) > LABEL_LIMIT or "\0" in text:
+        fault = f"longer than {LABEL_LIMIT} characters" if len(text) > LABEL_LIMIT else "empty or holds a NUL"
+        raise ValueError(f"the label is {fault}")
+    return text
+
+
+def arrange(
+    root: Path,
+    place: str,
+    layout: str,
+    rows: tuple[list[bytes], list[str], list[int]],
+    *,
+    classes: Sequence[str] | None = None,
+    names: Sequence[bytes] | None = None,
+    **more: Any,
+) -> Listing:
+    """Sorted listing of ``rows`` (paths, label texts, splits); ``more`` are further fields, arrays by row among them.
+
+    ``names`` sort the images of a class where that should not hang on their paths. Without ``classes`` the labels of
+    the training images are the classes: by value if all are numbers, else by name.
+    """
+    paths, labels, splits = rows
+    if classes is None:
+        train = {label for label, split in zip(labels, splits, strict=True) if split == 0}
+        if unknown := sorted(set(labels) - train):
+            raise FastrexError(f"{place}: {quoted(unknown)} not among the training images; add or remove them")
+        numbers = all(map(is_number, train))
+        classes = sorted(train, key=lambda label: (int(label) if numbers else 0, label))
+    number = {name: index for index, name in enumerate(classes)}
+    codes = [number[label] for label in labels]
+    names = names or paths
+    ranks = sorted(range(len(paths)), key=lambda row: (splits[row], codes[row], names[row], paths[row]))
+    order = np.array(ranks, np.int64)
+    more = {name: value[order] if isinstance(value, np.ndarray) else value for name, value in more.items()}
+    return Listing(
+        root,
+        layout,
+        tuple(classes),
+        [paths[row] for row in order.tolist()],
+        np.array(codes, np.int32)[order],
+        np.array(splits, np.uint8)[order],
+        **more,
+    )
+
+
+def case_clashes(names: Sequence[str]) -> tuple[str, ...]:
+    """A notice for every group of classes whose names differ in case only."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.casefold(), []).append(name)
+    return tuple(f"{quoted(g)} differ in case only and are kept apart" for g in groups.values() if len(g) > 1)
 
 
 def quoted(names: Sequence[str]) -> str:
@@ -186,11 +279,47 @@ def quoted(names: Sequence[str]) -> str:
     return f"{'class' if len(names) == 1 else 'classes'} {shown}"
 
 
+def in_order(work: Callable[[Item], Result], items: Sequence[Item], threads: int) -> Generator[Result]:
+    """``work(item)`` for every item in order, with up to ``threads`` (0 = four per core) of them under way.
+
+    Threads help where files are waited for. Where all is in memory they only fight for the interpreter (a third of the
+    speed of one), so now and then one item is worked on alone, to see which of the two it is.
+    """
+    threads = threads or 4 * (os.cpu_count() or 1)
+    place = 0
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            while place < len(items):
+                began, worked = time.perf_counter(), time.thread_time()
+                result = work(items[place])
+                waiting = time.perf_counter() - began > 2 * (time.thread_time() - worked)
+                yield result
+                place += 1
+                if waiting and threads > 1:
+                    yield from pool.map(work, items[place : place + BURST * threads])
+                    place += BURST * threads
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def plain_suffix(path: bytes) -> bytes:
+    """``path`` with its extension in small letters, and .jpg for .jpeg."""
+    stem, suffix = os.path.splitext(path)
+    suffix = suffix.lower()
+    return stem + (b".jpg" if suffix in (b".jpeg", b".jpe") else suffix)
+
+
+def is_number(label: str) -> bool:
+    """Whether ``label`` is a whole number in its shortest form."""
+    return re.fullmatch("0|[1-9][0-9]*", label) is not None
+
+
 def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
-def _is_dir(entry: os.DirEntry[str]) -> bool:
+def is_dir(entry: os.DirEntry[str]) -> bool:
+    """Whether ``entry`` is a folder, or a link to one."""
     # os.path.isdir, unlike DirEntry.is_dir, bears a symlink that points at itself.
     return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
 
@@ -200,7 +329,8 @@ def _identity(path: str) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _visible(folder: str) -> list[os.DirEntry[str]]:
+def visible(folder: str) -> list[os.DirEntry[str]]:
+    """What is in ``folder``, by name, without what is hidden."""
     try:
         with os.scandir(folder) as entries:
             return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
@@ -208,8 +338,9 @@ def _visible(folder: str) -> list[os.DirEntry[str]]:
         raise FastrexError(f"cannot list {folder!r} ({error.strerror}); make the folder readable") from error
 
 
-def _subfolders(folder: Path) -> list[str]:
-    return [entry.name for entry in _visible(str(folder)) if _is_dir(entry)]
+def subfolders(folder: Path) -> list[str]:
+    """Names of the visible folders in ``folder``."""
+    return [entry.name for entry in visible(str(folder)) if is_dir(entry)]
 
 
 def _files(folder: str, seen: set[tuple[int, int]]) -> list[str]:
@@ -221,76 +352,6 @@ def _files(folder: str, seen: set[tuple[int, int]]) -> list[str]:
         identity = _identity(current)
         if identity not in seen:
             seen.add(identity)
-            for entry in _visible(current):
-                (pending if _is_dir(entry) else files).append(entry.path)
+            for entry in visible(current):
+                (pending if is_dir(entry) else files).append(entry.path)
     return files
-
-
-def _probe(path: bytes) -> tuple[int, int, int, int]:
-    try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
-            return 0, 0, 0, Status.UNREADABLE
-        if found.st_size == 0:
-            return 0, 0, 0, Status.EMPTY
-        with open(path, "rb") as file:
-            return found.st_size, *_inspect(file, found.st_size)
-    except OSError:
-        return 0, 0, 0, Status.UNREADABLE
-
-
-def _inspect(file: IO[bytes], size: int) -> tuple[int, int, int]:
-    """Height, width and status of an open image. Whatever a damaged file makes Pillow raise is a status here."""
-    try:
-        image = Image.open(file)
-    except Image.DecompressionBombError:
-        return 0, 0, Status.TOO_LARGE
-    except Exception:
-        return 0, 0, Status.HEADER
-    data = file.tell()
-    width, height = image.size
-    if image.format not in FORMATS:
-        return 0, 0, Status.FORMAT
-    if min(width, height) < 1:
-        return 0, 0, Status.HEADER
-    if width * height > PIXEL_LIMIT:
-        return height, width, Status.TOO_LARGE
-    if _turned(image):
-        width, height = height, width
-    try:
-        whole = _has_end(file, size, data, image)
-    except Exception:
-        whole = False
-    return height, width, Status.OK if whole else Status.TRUNCATED
-
-
-def _turned(image: Image.Image) -> bool:
-    """Whether the decoder will exchange height and width. (Pillow has done so in a TIFF's size already.)
-
-    ``Image.getexif`` is not used: it decodes a whole PNG, and looks into XMP where the decoder does not.
-    """
-    exif = Image.Exif()
-    try:
-        exif.load(image.info.get("exif", b""))
-        return exif.get(EXIF_ORIENTATION) in (5, 6, 7, 8)
-    except Exception:
-        return False
-
-
-def _has_end(file: IO[bytes], size: int, data: int, image: Image.Image) -> bool:
-    """Whether the image, whose coded data begin at byte ``data``, is complete.
-
-    The marker is looked for in the last bytes, then further back (padding or a film may follow the image), never
-    before ``data``: a thumbnail in the header has an end of its own. WebP was read whole by opening it; what has no
-    such mark is rare enough to be decoded.
-    """
-    marker = END_MARKERS.get(image.format or "")
-    if marker is None:
-        if image.format != "WEBP":
-            image.load()
-        return True
-    for tail in TAILS:
-        file.seek(max(data, size - tail))
-        if marker in file.read():
-            return True
-    return False
