@@ -27,16 +27,19 @@ def model_card(config: Mapping[str, Any], *, assumed: bool, torchvision: str | N
     header += ["tags:", "- image-feature-extraction", "- fastrex", *(["- timm"] if timm else []), "---", ""]
     size = f"{cfg['input_size'][1]} x {cfg['input_size'][2]}"
     resize = math.floor(cfg["input_size"][1] / cfg["crop_pct"])
+    grey = cfg["input_size"][0] == 1
+    images = "grey (one channel, 0.299 R + 0.587 G + 0.114 B)" if grey else "RGB"
+    mean, std = (f"{cfg[key][0]:.4g}" if grey else cfg[key] for key in ("mean", "std"))
     made = f", trained with the recipe `{_word(own['recipe'])}`" if own["recipe"] else ""
     lines = [
         *header,
         f"# {own['arch']} encoder",
         "",
-        f"An image encoder without a classifier: RGB images give features of {config['num_features']} numbers{made}. "
-        "Written by fastrex, a trainer for the t-ReX method (Sariyildiz et al., ICLR 2023).",
+        f"An image encoder without a classifier: {images} images give features of {config['num_features']} numbers"
+        f"{made}. Written by fastrex, a trainer for the t-ReX method (Sariyildiz et al., ICLR 2023).",
         "",
         f"Images: shorter side to {resize} (bilinear), centre crop of {size}, values in [0, 1], "
-        f"mean {cfg['mean']}, standard deviation {cfg['std']}"
+        f"mean {mean}, standard deviation {std}"
         f"{' (assumed: the source does not say)' if assumed else ''}.",
         "",
         "## Use",
@@ -57,7 +60,7 @@ def model_card(config: Mapping[str, Any], *, assumed: bool, torchvision: str | N
     figures = [f"| {_word(key)} | {_word(value)} |" for key, value in own["metrics"].items()]
     if figures:
         lines += ["## Figures", "", "| what | value |", "|---|---|", *figures, ""]
-    shape = ", ".join(f"{key} {own[key]}" for key in ("arch", "stem", "width", "bn_eps"))
+    shape = ", ".join(f"{key} {own[key]}" for key in ("arch", "stem", "width", "bn_eps", "channels") if key in own)
     lines += ["## Provenance", "", f"* network: {shape}", f"* fastrex: {own['version']}"]
     lines += [f"* {_word(key)}: {_word(value)}" for key, value in own["provenance"].items()]
     lines += [

@@ -42,6 +42,7 @@ class Source:
         preprocessing: mean, std, eval_resize, eval_size as in ``DataConfig``; empty where the source does not say.
         provenance: where it came from, as words.
         facts: recipe, license and figures that the source knows.
+        channels: of the images, 3 or 1 (grey).
     """
 
     state: dict[str, Tensor]
@@ -49,10 +50,12 @@ class Source:
     preprocessing: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    channels: int = 3
 
     def settings(self) -> list[str]:
         """The preprocessing as ``section.key=value`` settings."""
-        return [f"data.{key}={json.dumps(value)}" for key, value in self.preprocessing.items()]
+        grey = ["data.channels=1"] if self.channels == 1 else []
+        return [*grey, *(f"data.{key}={json.dumps(value)}" for key, value in self.preprocessing.items())]
 
 
 def load_source(source: str | Path) -> Source:
@@ -80,7 +83,8 @@ def load_source(source: str | Path) -> Source:
         )
     if path.suffix in (".pth", ".pt"):
         state, provenance = layouts.encoder_state(path)
-        return Source(state, _arch(state, path, {}), provenance=provenance)
+        arch = _arch(state, path, {})
+        return Source(state, arch, provenance=provenance, channels=_channels(state, arch))
     if path.suffix == ".safetensors":
         inside = path.name == WEIGHTS and (path.parent / checkpoint.STATE).is_file()
         return _from_checkpoint(path.parent) if inside else _from_weights(path)
@@ -88,9 +92,10 @@ def load_source(source: str | Path) -> Source:
 
 
 def load_encoder(source: str | Path) -> nn.Module:
-    """The encoder of ``source`` (see :func:`load_source`) in eval mode: images [B, 3, H, W] -> features [B, D].
+    """The encoder of ``source`` (see :func:`load_source`) in eval mode: images [B, C, H, W] -> features [B, D].
 
-    ``num_features`` of the module is D. A ``ResNet``, or timm's model for a ``timm:`` encoder.
+    C is 3, or 1 for an encoder of grey images. ``num_features`` of the module is D. A ``ResNet``, or timm's model for a
+    ``timm:`` encoder.
     """
     return _build(load_source(source), str(source))
 
@@ -110,7 +115,8 @@ def export(
     Args:
         source: see :func:`load_source`.
         out: new or empty folder.
-        to: "torchvision" or "timm" (refused for networks that these do not have), or "hf" (every encoder).
+        to: "torchvision" or "timm" (refused for networks that these do not have; torchvision has none for grey
+            images), or "hf" (every encoder).
         facts: ``recipe``, ``license`` (an identifier of the Hub), and figures for the card.
         overwrite: replace an export that already stands in ``out`` (nothing else is ever replaced).
 
@@ -128,9 +134,10 @@ def export(
         raise FastrexError(f"export: OUT must be a folder, got the file {out}")
     found = load_source(source)
     if to != "hf" and _counterpart(found, to) is None:
-        known = ", ".join(f"{key}={value}" for key, value in found.arch.items())
+        known = ", ".join(f"{key}={value}" for key, value in {**found.arch, "channels": found.channels}.items())
+        other = "--to timm, or " if _counterpart(found, "timm") else ""
         raise FastrexError(
-            f"export: {to} has no counterpart of this encoder ({known}); use --to hf and fastrex.load_encoder"
+            f"export: {to} has no counterpart of this encoder ({known}); use {other}--to hf and fastrex.load_encoder"
         )
     model = _build(found, str(source))
     temp = out.parent / f".{out.name}.tmp-{os.getpid()}"
@@ -184,12 +191,15 @@ def _from_checkpoint(path: Path) -> Source:
         "prefix": "encoder.",
     }
     if not (run / CONFIG).is_file():
-        return Source(state, _arch(state, path, {}), provenance=provenance)
+        arch = _arch(state, path, {})
+        return Source(state, arch, provenance=provenance, channels=_channels(state, arch))
     config = config_module.read(run / CONFIG)
     preprocessing = {key: getattr(config.data, key) for key in _PREPROCESSING}
     model = config.model
     known = {"arch": model.arch, "stem": model.stem, "width": model.width, "bn_eps": model.bn_eps}
-    return Source(state, _arch(state, path, known), preprocessing, provenance, {"recipe": config.recipe})
+    arch = _arch(state, path, known)
+    channels = _channels(state, arch, config.data.channels)
+    return Source(state, arch, preprocessing, provenance, {"recipe": config.recipe}, channels)
 
 
 def _from_weights(path: Path) -> Source:
@@ -216,7 +226,9 @@ def _from_weights(path: Path) -> Source:
     checked = build(DataConfig, {k: v for k, v in known.items() if k in _PREPROCESSING}, "data")
     preprocessing = {key: getattr(checked, key) for key in _PREPROCESSING if key in known}
     carried = {key: own[key] for key in ("recipe", "license") if own.get(key)} | _section(own, "metrics")
-    return Source(state, _arch(state, path, own), preprocessing, provenance, carried)
+    arch = _arch(state, path, own)
+    channels = _channels(state, arch, 1 if own.get("channels") == 1 else 3)
+    return Source(state, arch, preprocessing, provenance, carried, channels)
 
 
 def _from_timm(cfg: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -226,9 +238,11 @@ def _from_timm(cfg: Mapping[str, Any], path: Path) -> dict[str, Any]:
     try:
         size = int(cfg["input_size"][-1])
         resize = math.floor(size / cfg["crop_pct"])
+        # One number stands for all channels, as in timm.
+        mean, std = ([*cfg[key]] * (3 if len(cfg[key]) == 1 else 1) for key in ("mean", "std"))
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise FastrexError(f"load_source: {path.parent / FACTS} has an unusable pretrained_cfg ({error})") from None
-    return {"mean": cfg["mean"], "std": cfg["std"], "eval_resize": resize, "eval_size": size}
+    return {"mean": mean, "std": std, "eval_resize": resize, "eval_size": size}
 
 
 def _arch(state: Mapping[str, Tensor], path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -242,8 +256,13 @@ def _arch(state: Mapping[str, Tensor], path: Path, known: Mapping[str, Any]) -> 
         raise FastrexError(f"load_source: {path} holds no encoder that fastrex knows: {error}") from None
 
 
+def _channels(state: Mapping[str, Tensor], arch: Mapping[str, Any], known: int = 3) -> int:
+    """Of the images: a ResNet's first layer says it, for timm's networks it must be ``known``."""
+    return known if str(arch["arch"]).startswith("timm:") else int(state["conv1.weight"].shape[1])
+
+
 def _build(source: Source, name: str) -> nn.Module:
-    model = build_encoder(ModelConfig(**source.arch))
+    model = build_encoder(ModelConfig(**source.arch), source.channels)
     try:
         model.load_state_dict(source.state)
     except RuntimeError as error:
@@ -258,7 +277,7 @@ def _counterpart(source: Source, library: str) -> str | None:
     if arch.startswith("timm:"):
         return arch.removeprefix("timm:") if library == "timm" else None
     plain = all(source.arch[key] == getattr(ModelConfig, key) for key in ("stem", "width", "bn_eps"))
-    return arch if plain else None
+    return arch if plain and (source.channels == 3 or library == "timm") else None
 
 
 def _write(folder: Path, model: nn.Module, source: Source, facts: dict[str, object]) -> None:
@@ -266,26 +285,28 @@ def _write(folder: Path, model: nn.Module, source: Source, facts: dict[str, obje
     weights = safetensors.torch.save(tensors, {"format": "pt"})
     _write_file(folder / WEIGHTS, weights)
     merged = {**source.facts, **facts}
-    data = DataConfig(**source.preprocessing)
+    data, grey = DataConfig(**source.preprocessing), source.channels == 1
     config = {
         "architecture": _counterpart(source, "timm") or f"fastrex_{source.arch['arch']}",
         "num_classes": 0,
         "num_features": model.num_features,
+        **({"model_args": {"in_chans": 1}} if grey else {}),
         "pretrained_cfg": {
             "custom_load": False,
-            "input_size": [3, data.eval_size, data.eval_size],
+            "input_size": [source.channels, data.eval_size, data.eval_size],
             "fixed_input_size": False,
             "interpolation": "bilinear",
             "crop_pct": _crop_pct(data.eval_size, data.eval_resize),
             "crop_mode": "center",
-            "mean": list(data.mean),
-            "std": list(data.std),
+            "mean": [sum(data.mean) / 3] if grey else list(data.mean),
+            "std": [sum(data.std) / 3] if grey else list(data.std),
             "num_classes": 0,
             **_timm_facts(model),
         },
         "fastrex": {
             "version": version(),
             **source.arch,
+            **({"channels": 1} if grey else {}),
             "preprocessing": source.preprocessing,
             "recipe": merged.pop("recipe", None),
             "license": merged.pop("license", None),
@@ -327,7 +348,7 @@ def _verify(folder: Path, model: nn.Module, source: Source) -> None:
     written = load_source(folder)
     # A timm network may accept one size only; a ResNet takes any, and small images are quicker.
     size = DataConfig(**source.preprocessing).eval_size if str(source.arch["arch"]).startswith("timm:") else 64
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, source.channels, size, size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         wanted, got = model(images), _build(written, str(folder))(images)
     if not torch.isfinite(wanted).all():

@@ -13,7 +13,7 @@ from .config import Config
 from .data.dataset import open_dataset, open_index
 from .data.index import Index
 from .distributed import World
-from .errors import FastrexError
+from .errors import FastrexError, UsageError
 from .evaluate import evaluate
 from .step import Trainer
 
@@ -57,14 +57,36 @@ def _held_out(config: Config, world: World) -> Index:
     return index
 
 
-def show_batch(config: Config, epoch: int, step: int, rows: int, out: Path) -> None:
-    """Write the contact sheet of one batch of a configuration."""
-    from .data.show import contact_sheet
+def show_batch(
+    config: Config, epoch: int, step: int, rows: int, out: Path, names: Sequence[str] = (), command: str = ""
+) -> None:
+    """Show ``rows`` images of a batch, or the images ``names``, with their crops: an HTML page or a PNG contact sheet.
 
+    Raises:
+        FastrexError: no data, a step or a name that there is not, or an image that cannot be read.
+    """
+    from .data import page, show
+
+    if out.suffix.lower() not in (".html", ".png"):
+        raise UsageError(f"data show: --out must end in .html or .png, got {str(out)!r}")
+    config = objectives.resolve(config)
     with distributed.world("cpu") as world:
-        data = open_dataset(objectives.resolve(config), world)
+        data = open_dataset(config, world)
     if data.index is None or data.plan is None:
         raise FastrexError("data show: synthetic data has nothing to show; pass --data FOLDER")
-    if step >= data.steps_per_epoch:
+    if names:
+        samples = show.of_names(data.index, data.plan, config.data, epoch, names)
+        title = f"{len(names)} chosen image{'s' * (len(names) > 1)} in epoch {epoch}"
+    elif step >= data.steps_per_epoch:
         raise FastrexError(f"data show: --step must be below the {data.steps_per_epoch} steps of an epoch, got {step}")
-    contact_sheet(data.index, data.plan, config.data, epoch=epoch, step=step, rows=rows, out=out)
+    else:
+        samples = show.of_batch(data.index, data.plan, config.data, epoch, step, rows)
+        title = f"Step {step} of epoch {epoch}: {len(samples)} of {data.plan.batch_size} places"
+    if out.suffix.lower() == ".png":
+        show.contact_sheet(samples, out)
+        return
+    text = page.page(samples, config, title, command, data.notices)
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise FastrexError(f"cannot write {str(out)!r} ({error.strerror or error}); name another file") from error

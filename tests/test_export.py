@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -28,12 +29,12 @@ SMALL = ModelConfig(arch="resnet18", stem="small", width=8, bn_eps=1e-3)
 DATA = DataConfig(eval_resize=36, eval_size=32, mean=(0.5, 0.25, 0.125), std=(0.2, 0.3, 0.4))
 
 
-def encoder(model: ModelConfig, seed: int = 0) -> nn.Module:
+def encoder(model: ModelConfig, seed: int = 0, channels: int = 3) -> nn.Module:
     """An encoder whose running statistics are not at their start."""
     torch.manual_seed(seed)
-    net = build_encoder(model)
+    net = build_encoder(model, channels)
     with torch.no_grad():
-        net(torch.randn(8, 3, 32, 32))
+        net(torch.randn(8, channels, 32, 32))
     return net.eval()
 
 
@@ -41,13 +42,13 @@ def contiguous(state: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
     return {prefix + key: value.contiguous() for key, value in state.items()}
 
 
-def make_run(path: Path, model: ModelConfig, steps: tuple[int, ...] = (1, 2)) -> nn.Module:
+def make_run(path: Path, model: ModelConfig, steps: tuple[int, ...] = (1, 2), channels: int = 3) -> nn.Module:
     """A run directory with checkpoints of different weights; returns the newest encoder."""
     path.mkdir()
-    config = Config(recipe="trex", data=DATA, model=model)
+    config = Config(recipe="trex", data=dataclasses.replace(DATA, channels=channels), model=model)
     (path / "config.toml").write_text(config_module.to_toml(config))
     for step in steps:
-        net = encoder(model, seed=step)
+        net = encoder(model, seed=step, channels=channels)
         tensors = {**contiguous(net.state_dict(), "encoder."), "projector.layers.0.weight": torch.zeros(2, 2)}
         checkpoint.save(path, step, {"model": tensors, "optimizer": {"lr": torch.zeros(1)}}, {"classes": []}, keep=5)
     return net
@@ -214,6 +215,52 @@ def test_timm_encoders(tmp_path: Path) -> None:
     theirs = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=0).eval()
     torch.testing.assert_close(theirs(images()), net(images()))
     assert timm.data.resolve_model_data_config(theirs)["mean"] == list(DATA.mean)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "timm:mobilenetv3_small_050"])
+def test_grey_encoders(tmp_path: Path, arch: str) -> None:
+    timm = import_timm()
+    net = make_run(tmp_path / "run", ModelConfig(arch=arch), steps=(1,), channels=1)
+    x = images()[:, :1]
+    with pytest.raises(FastrexError, match=r"torchvision has no counterpart .*channels=1\); use --to timm, or --to hf"):
+        export(tmp_path / "run", tmp_path / "out", "torchvision")
+    out = export(tmp_path / "run", tmp_path / "out", "timm")
+    again = export(out, tmp_path / "again", "hf")
+    assert (out / "config.json").read_text() == (again / "config.json").read_text()
+    for source in (tmp_path / "run", out, again):
+        assert load_source(source).channels == 1
+        assert "data.channels=1" in load_source(source).settings()
+        with torch.no_grad():
+            assert torch.equal(load_encoder(source)(x), net(x))
+    theirs = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=0).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x), net(x), rtol=1e-4, atol=1e-5)
+        colour = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=0, in_chans=3).eval()
+        torch.testing.assert_close(colour(x.expand(2, 3, 32, 32)), net(x), rtol=1e-4, atol=1e-5)
+    data = timm.data.resolve_model_data_config(theirs)
+    assert data["input_size"] == (1, 32, 32)
+    assert data["mean"] == pytest.approx([sum(DATA.mean) / 3])
+    assert data["std"] == pytest.approx([sum(DATA.std) / 3])
+    card = (out / "README.md").read_text()
+    for text in ("grey (one channel, 0.299 R + 0.587 G + 0.114 B) images", "mean 0.2917, standard deviation 0.3."):
+        assert text in card
+    assert "torchvision.models" not in card
+    if arch == "resnet18":
+        save_file(contiguous(net.state_dict(), "encoder."), tmp_path / "grey.safetensors")
+        torch.save(net.state_dict(), tmp_path / "grey.pth")
+        for name in ("grey.safetensors", "grey.pth"):
+            assert load_source(tmp_path / name).channels == 1
+            with torch.no_grad():
+                assert torch.equal(load_encoder(tmp_path / name)(x), net(x))
+
+
+def test_preprocessing_of_a_grey_timm_folder_is_taken(tmp_path: Path) -> None:
+    save_file(contiguous(ResNet("resnet18", channels=1).state_dict()), tmp_path / "model.safetensors")
+    cfg = {"mean": [0.5], "std": [0.25], "crop_pct": 0.875, "input_size": [1, 224, 224]}
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", "pretrained_cfg": cfg}))
+    source = load_source(tmp_path)
+    assert (source.preprocessing["mean"], source.preprocessing["std"]) == ((0.5,) * 3, (0.25,) * 3)
+    assert source.settings()[0] == "data.channels=1"
 
 
 def test_files_are_ordinary_and_nothing_else_is_left(tmp_path: Path) -> None:

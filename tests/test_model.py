@@ -17,7 +17,7 @@ from fastrex.errors import FastrexError
 from fastrex.model.ema import make_ema
 from fastrex.model.multicrop import MultiCropModel, set_process_group
 from fastrex.model.projector import Projector
-from fastrex.model.resnet import ARCHS, BatchNormAct, ResNet, build_encoder, infer_arch
+from fastrex.model.resnet import ARCHS, BatchNormAct, ResNet, build_encoder, infer_arch, match_channels
 
 
 def count(module: nn.Module) -> int:
@@ -91,6 +91,7 @@ def test_infer_arch_reads_back_what_was_built(arch: str, stem: str, width: int) 
     [
         ({}, "got none"),
         ({"conv1.weight": torch.zeros(8, 3, 5, 5)}, r"got \[8, 3, 5, 5\]"),
+        ({"conv1.weight": torch.zeros(8, 4, 7, 7)}, r"got \[8, 4, 7, 7\]"),
         (
             {"conv1.weight": torch.zeros(8, 3, 7, 7), "layer1.0.conv1.weight": torch.zeros(1)},
             r"basic blocks \[1, 0, 0, 0\]",
@@ -111,8 +112,9 @@ def test_parameter_counts_of_the_paper() -> None:
 
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
 @pytest.mark.parametrize("channels_last_input", [False, True])
-def test_every_activation_is_channels_last(stem: str, channels_last_input: bool) -> None:
-    encoder = ResNet("resnet50", stem=stem, width=8)
+@pytest.mark.parametrize("channels", [3, 1])
+def test_every_activation_is_channels_last(stem: str, channels_last_input: bool, channels: int) -> None:
+    encoder = ResNet("resnet50", stem=stem, width=8, channels=channels)
     seen: list[str] = []
     wrong: list[str] = []
     # The pool hands these a broadcast gradient of no real layout; one ReLU further down it is channels-last.
@@ -135,7 +137,7 @@ def test_every_activation_is_channels_last(stem: str, channels_last_input: bool)
     for name, module in encoder.named_modules():
         if name:
             watch(name, module)
-    x = torch.randn(2, 3, 32, 32)
+    x = torch.randn(2, channels, 32, 32)
     output = encoder(x.contiguous(memory_format=torch.channels_last) if channels_last_input else x)
     torch.autograd.backward(output.square().sum())
     assert len(seen) > 150
@@ -166,6 +168,44 @@ def test_wrong_encoder_arguments() -> None:
         ResNet("resnet18", stem="big")
     with pytest.raises(ValueError, match="ResNet: width must be positive, got 0"):
         ResNet("resnet18", width=0)
+    with pytest.raises(ValueError, match="ResNet: channels must be 1 or 3, got 2"):
+        ResNet("resnet18", channels=2)
+
+
+@pytest.mark.parametrize(("stem", "kernel"), [("imagenet", 7), ("small", 3)])
+def test_grey_encoder(stem: str, kernel: int) -> None:
+    encoder = build_encoder(ModelConfig(arch="resnet18", stem=stem, width=8), 1)
+    state = encoder.state_dict()
+    assert state["conv1.weight"].shape == (8, 1, kernel, kernel)
+    assert infer_arch(state) == {"arch": "resnet18", "stem": stem, "width": 8}
+    colour = ResNet("resnet18", stem=stem, width=8).state_dict()
+    assert {k: v.shape for k, v in state.items() if k != "conv1.weight"} == {
+        k: v.shape for k, v in colour.items() if k != "conv1.weight"
+    }
+    assert encoder(torch.randn(2, 1, 32, 32)).shape == (2, 64)
+
+
+def test_channels_are_matched_so_that_a_grey_image_gives_the_same_features() -> None:
+    torch.manual_seed(4)
+    x = torch.randn(2, 1, 32, 32, dtype=torch.float64)
+    for given, wanted in ((3, 1), (1, 3)):
+        source, target = (ResNet("resnet18", width=8, channels=c).double().eval() for c in (given, wanted))
+        state, words = match_channels(source.state_dict(), target.state_dict())
+        target.load_state_dict(state)
+        grey = [x.expand(2, channels, 32, 32) for channels in (given, wanted)]
+        torch.testing.assert_close(target(grey[1]), source(grey[0]))
+        assert "conv1.weight" in words
+        assert ("summed" in words) == (wanted == 1)
+        same, words = match_channels(source.state_dict(), source.state_dict())
+        assert words == ""
+        assert all(torch.equal(same[key], value) for key, value in source.state_dict().items())
+
+
+def test_matching_channels_leaves_other_differences_alone() -> None:
+    small, large = ResNet("resnet18", stem="small", width=8, channels=1), ResNet("resnet18", width=8)
+    state, words = match_channels(large.state_dict(), small.state_dict())
+    assert words == ""
+    assert state["conv1.weight"].shape == (8, 3, 7, 7)
 
 
 def test_batch_norm_settings_reach_every_layer() -> None:
@@ -336,6 +376,12 @@ def test_timm_encoders() -> None:
     # This one widens the pooled vector after its num_features of 576.
     widened = build_encoder(ModelConfig(arch="timm:mobilenetv3_small_100")).eval()
     assert widened(x).shape == (2, widened.num_features)
+    grey = build_encoder(ModelConfig(arch="timm:mobilenetv3_small_100"), 1).eval()
+    assert grey(x[:, :1]).shape == (2, grey.num_features)
+    state, words = match_channels(widened.state_dict(), grey.state_dict())
+    grey.load_state_dict(state)
+    assert "conv_stem.weight" in words
+    torch.testing.assert_close(grey(x[:, :1]), widened(x[:, :1].expand(2, 3, 32, 32)), rtol=1e-4, atol=1e-5)
 
 
 def test_timm_errors_name_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,20 +1,30 @@
 """What a batch is: a pure function of (seed, epoch, step). Samples, crop boxes and every augmentation draw; numpy only.
 
-The random words come from Philox4x32-10, a counter-based generator (Salmon et al., "Parallel random numbers: as easy as
-1, 2, 3", SC 2011). Key: the 64-bit seed. Counter: (index row, block | crop << 16, epoch, purpose). So the draws of one
-crop of one image in one epoch depend on nothing else: not on batch size, order, rank, world size or loader threads.
+The random words come from a counter-based generator (draws.py). Key: the 64-bit seed. Counter: (index row, block | crop
+<< 16, epoch, purpose | view << 4), where view counts an image's occurrences in the epoch from 0. So the draws of one
+crop of one view of one image in one epoch depend on nothing else: not on batch size, order, rank, world size or loader
+threads.
+
+An epoch is a sequence of draws of images. ``data.sampling = uniform``: a permutation of all rows, from its beginning
+again where padding needs more. ``balanced``: blocks of C draws, each a permutation of the C classes; a class gives its
+rows in an order of the epoch's own, again and again when it is small; a large one shows others in another epoch.
+``data.repeats = R`` fills R neighbouring places of a batch with each draw (repeated augmentation: Hoffer et al. 2020;
+Berman et al. 2019; RSB-A1 has R = 3). The batch and the steps of an epoch stay, so an epoch draws a share 1 / R.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..config import AugmentConfig, DataConfig
 from ..errors import FastrexError
+from .draws import central_boxes, random_keys, try_boxes, uniforms
 
 # Columns of the photometric parameters; kernels/fastrex_kernels/augment holds the same numbers.
 FLIP, ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, BLUR, SOLARIZE = range(9)
@@ -23,13 +33,10 @@ SOLARIZE_OFF = 256
 # ORDER indexes this tuple; entry j is the op applied as j-th: 0 brightness, 1 contrast, 2 saturation, 3 hue.
 ORDERS = tuple(itertools.permutations(range(4)))
 
-TRIES = 10
+TRIES = 10  # as torchvision
 SWITCH_BLOCK, FACTOR_BLOCK, FILTER_BLOCK = TRIES, TRIES + 1, TRIES + 2
-PERMUTATION_PURPOSE, CROP_PURPOSE = 0, 1
-MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-WEYL = (0x9E3779B9, 0xBB67AE85)
-LOW = np.uint64(0xFFFFFFFF)
-HALF = np.uint64(32)
+PERMUTATION_PURPOSE, CROP_PURPOSE, BLOCK_PURPOSE, SUBSTITUTE_PURPOSE, STRANGER_PURPOSE = range(5)
+VIEW_SHIFT = 4  # purposes below, the view's number above
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,9 @@ class GroupPlan:
 class BatchPlan:
     """One rank's share of one micro-batch: ``samples`` int64 [B] index rows, one plan per crop group.
 
-    ``step`` counts within the epoch; ``repeats`` counts the padding repeats in the whole global batch.
+    ``step`` counts within the epoch; ``repeats`` counts the padding repeats in the whole global batch. ``views`` int64
+    [B] counts each image's occurrences in the epoch from 0. ``planned`` int64 [B] are the rows that the plan drew:
+    ``samples``, except where :meth:`Plan.redraw` put another image.
     """
 
     epoch: int
@@ -71,6 +80,8 @@ class BatchPlan:
     samples: NDArray[np.int64]
     repeats: int
     groups: tuple[GroupPlan, ...]
+    views: NDArray[np.int64]
+    planned: NDArray[np.int64]
 
 
 def crop_groups(data: DataConfig, augment: AugmentConfig) -> tuple[CropGroup, ...]:
@@ -84,31 +95,31 @@ def crop_groups(data: DataConfig, augment: AugmentConfig) -> tuple[CropGroup, ..
     return (large, small) if small.crops else (large,)
 
 
-def philox(counter: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
-    """Philox4x32-10: ``counter`` uint64 [4, ...], each below 2^32 -> four 32-bit random words, uint64 [4, ...]."""
-    a, b, c, d = counter
-    for turn in range(10):
-        key_a = np.uint64((seed + turn * WEYL[0]) & 0xFFFFFFFF)
-        key_b = np.uint64(((seed >> 32) + turn * WEYL[1]) & 0xFFFFFFFF)
-        product_a, product_c = MULTIPLIERS[0] * a, MULTIPLIERS[1] * c
-        a, b, c, d = (product_c >> HALF) ^ b ^ key_a, product_c & LOW, (product_a >> HALF) ^ d ^ key_b, product_a & LOW
-    return np.stack((a, b, c, d))
+def effective(data: DataConfig, augment: AugmentConfig) -> AugmentConfig:
+    """``augment`` without what changes nothing: the colour operations on grey images (``data.channels = 1``)."""
+    return augment if data.channels == 3 else dataclasses.replace(augment, saturation=0.0, hue=0.0, grayscale=0.0)
 
 
-def _uniforms(seed: int, rows: NDArray[np.int64], block: NDArray[np.int64], epoch: int) -> NDArray[np.float64]:
-    """Uniform numbers in [0, 1), multiples of 2^-32, float64 [4, ...]; ``rows`` and ``block`` are broadcast."""
-    counter = np.empty((4, *np.broadcast_shapes(rows.shape, block.shape)), np.uint64)
-    counter[0], counter[1], counter[2], counter[3] = rows, block, epoch, CROP_PURPOSE
-    return np.ldexp(philox(counter, seed).astype(np.float64), -32)
+def notices(data: DataConfig, augment: AugmentConfig) -> list[str]:
+    """What a user should know about settings that do not do what they seem to; for the log."""
+    if data.channels == 3:
+        return []
+    jitters = [name for name in ("saturation", "hue") if augment.jitter and getattr(augment, name)]
+    dead = [f"augment.{name}" for name in (*jitters, *(["grayscale"] if augment.grayscale else []))]
+    mean, std = sum(data.mean) / 3, sum(data.std) / 3
+    effect = f"; {', '.join(dead)} without effect" if dead else ""
+    return [f"data.channels=1: grey images, normalised with mean {mean:.4g} and deviation {std:.4g}{effect}"]
 
 
 class Plan:
     """All batches of a training run.
 
-    seed: 0..2^64-1; batch_size: images of the global batch; samples: int64 [N], the index rows that are trained on;
-    heights, widths: of all index rows. ``data.last_batch``: "drop" leaves out the short last batch of an epoch, "pad"
-    fills it with the first images of the epoch's permutation (a repeated image has the same crops there).
-    FastrexError where "drop" leaves no batch.
+    seed: 0..2^64-1; batch_size: places of the global batch (with ``data.repeats = R`` a multiple of R, and batch_size /
+    R different draws); samples: int64 [N], the index rows that are trained on; heights, widths: of all index rows, and
+    labels too, which "balanced" needs and :meth:`substitute` uses. ``steps_per_epoch`` is N / batch_size whatever R:
+    ``data.last_batch`` "drop" leaves out the short last batch of an epoch, "pad" fills it with further draws (of images
+    that the epoch has had already, as another view).
+    FastrexError where "drop" leaves no batch, or R does not divide the batch.
     """
 
     def __init__(
@@ -120,6 +131,8 @@ class Plan:
         widths: NDArray[np.int32],
         data: DataConfig,
         augment: AugmentConfig,
+        *,
+        labels: NDArray[np.int32] | None = None,
     ) -> None:
         if not 0 <= seed < 1 << 64:
             raise ValueError(f"Plan: seed must lie in [0, 2**64), got {seed}")
@@ -127,36 +140,52 @@ class Plan:
             raise ValueError(f"Plan: batch_size must be positive, got {batch_size}")
         if data.last_batch not in ("drop", "pad"):
             raise ValueError(f'Plan: last_batch must be "drop" or "pad", got {data.last_batch!r}')
+        if data.sampling not in ("uniform", "balanced"):
+            raise ValueError(f'Plan: sampling must be "uniform" or "balanced", got {data.sampling!r}')
+        if data.sampling == "balanced" and labels is None:
+            raise ValueError('Plan: labels must be given for sampling "balanced"')
         if len(samples) == 0:
             raise FastrexError("no training image is left; lower data.held_out or give a folder with more images")
         if min(heights[samples].min(), widths[samples].min()) < 1:
             raise ValueError("Plan: samples must name rows with a known height and width, got one of size 0")
+        if batch_size % data.repeats:
+            way_out = f"set optim.batch_size={max(1, batch_size // data.repeats) * data.repeats}"
+            fact = f"optim.batch_size must be a multiple of data.repeats={data.repeats}, got {batch_size}"
+            raise FastrexError(f"{fact}; {way_out}")
         self.seed, self.batch_size = seed, batch_size
         self.samples, self.heights, self.widths = samples, heights, widths
-        self.data, self.augment = data, augment
+        self.data, self.augment, self._configured = data, effective(data, augment), augment
+        self._labels = labels
         self.groups = crop_groups(data, augment)
         whole, rest = divmod(len(samples), batch_size)
         self.steps_per_epoch = whole + (rest > 0 and data.last_batch == "pad")
         if not self.steps_per_epoch:
             fact = f"optim.batch_size={batch_size} is more than the {len(samples)} training images"
             raise FastrexError(f"{fact}; set a smaller optim.batch_size, or data.last_batch=pad to repeat images")
-        self._latest: tuple[int, NDArray[np.int64]] | None = None
+        self._draws = self.steps_per_epoch * batch_size // data.repeats  # of an epoch
+        self._latest: tuple[int, NDArray[np.int64], NDArray[np.int64] | None] | None = None
+
+    def notices(self) -> list[str]:
+        """What a user should know about this plan; for the log."""
+        lines, count, repeats = [], len(self.samples), self.data.repeats
+        if self.data.sampling == "balanced":
+            sizes = self._classes[2]
+            large, small = (self._draws / len(sizes) / size for size in (sizes.max(), sizes.min()))
+            lines.append(
+                f"data.sampling=balanced: {len(sizes)} classes equally often; an epoch draws an image of the largest "
+                f"class ({sizes.max()}) {large:.2g} times, one of the smallest ({sizes.min()}) {small:.2g} times"
+            )
+        if repeats > 1:
+            lines.append(
+                f"data.repeats={repeats}: an epoch draws {self._draws} of {count} images, {repeats} views each"
+            )
+        if (padded := self._padded(self.steps_per_epoch - 1)) > 0:
+            lines.append(f"data.last_batch=pad repeats {padded} images in every epoch")
+        return [*lines, *notices(self.data, self._configured)]
 
     def permutation(self, epoch: int) -> NDArray[np.int64]:
-        """The index rows in this epoch's order, int64 [N], read-only: sorted by a random 64-bit key per row."""
-        latest = self._latest
-        if latest is None or latest[0] != epoch:
-            keys = np.empty(len(self.samples), np.uint64)
-            for start in range(0, len(keys), 1 << 14):  # in pieces that stay in the processor's cache
-                part = slice(start, start + (1 << 14))
-                counter = np.zeros((4, len(keys[part])), np.uint64)
-                counter[0], counter[2], counter[3] = self.samples[part], epoch, PERMUTATION_PURPOSE
-                high, low, *_ = philox(counter, self.seed)
-                keys[part] = high << HALF | low
-            order = self.samples[np.argsort(keys, kind="stable")].astype(np.int64)
-            order.setflags(write=False)
-            self._latest = latest = (epoch, order)
-        return latest[1]
+        """The index rows in the order in which this epoch draws them, int64 [N], read-only."""
+        return self._order(epoch)[0][: len(self.samples)]
 
     def batch(
         self, epoch: int, step: int, *, rank: int = 0, world: int = 1, micro: int = 0, micros: int = 1
@@ -173,68 +202,152 @@ class Plan:
             raise ValueError(f"Plan.batch: batch_size must be divisible by world x micros, {fact}")
         share = self.batch_size // (world * micros)
         first = step * self.batch_size + (micro * world + rank) * share
-        order = self.permutation(epoch)
-        rows = order[np.arange(first, first + share) % len(order)]
-        repeats = max(0, (step + 1) * self.batch_size - len(order))
+        rows, views = self._at(epoch, np.arange(first, first + share))
+        groups = self.draw(rows, views, epoch)
+        return BatchPlan(epoch, step, micro, rows, self._padded(step), groups, views, rows)
+
+    def occurrences(self, row: int, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where ``row`` occurs in ``epoch``: its places, counted over the global batches, and its views, int64 [n]."""
+        places = np.arange(self._draws * self.data.repeats)
+        rows, views = self._at(epoch, places)
+        found = np.flatnonzero(rows == row)
+        return places[found], views[found]
+
+    def substitute(self, row: int, epoch: int, attempt: int) -> int:
+        """Another training row in place of ``row``, which has gone bad; ``attempt`` counts from 0.
+
+        The attempts go through the other rows of its class in a random order, each once, and then give rows of any
+        other class; ``row`` itself only where it is all there is.
+        """
+        if attempt < 0:
+            raise ValueError(f"Plan.substitute: attempt must be at least 0, got {attempt}")
+        rows, starts, sizes = self._classes
+        places = np.flatnonzero(rows == row)
+        if not len(places):
+            raise ValueError(f"Plan.substitute: row must be one that is trained on, got {row}")
+        place = int(places[0])
+        own = int(np.searchsorted(starts, place, side="right")) - 1
+        start, size = int(starts[own]), int(sizes[own])
+        strangers = len(rows) - size
+        if attempt < size - 1 or (size > 1 and not strangers):
+            others = np.delete(rows[start : start + size], place - start)
+            order = np.argsort(random_keys(self.seed, others, row, epoch, SUBSTITUTE_PURPOSE), kind="stable")
+            return int(others[order[attempt % len(others)]])
+        if not strangers:
+            return row
+        key = int(random_keys(self.seed, np.array([row]), attempt, epoch, STRANGER_PURPOSE)[0])
+        chosen = key * strangers >> 64
+        return int(rows[chosen if chosen < start else chosen + size])
+
+    def redraw(self, part: BatchPlan, samples: NDArray[np.int64]) -> BatchPlan:
+        """``part`` with ``samples`` int64 [B] in place of its own; where they are the same, no bit changes.
+
+        A place keeps its draws when another image comes there (so they are no other occurrence's): only its boxes
+        follow the shape of the image.
+        """
+        changed = np.flatnonzero(samples != part.samples)
+        fresh = self.draw(part.planned[changed], part.views[changed], part.epoch, shapes=samples[changed])
+        groups = []
+        for old, new in zip(part.groups, fresh, strict=True):
+            boxes = old.boxes.copy()
+            boxes[:, changed] = new.boxes
+            groups.append(dataclasses.replace(old, boxes=boxes))
+        return dataclasses.replace(part, samples=samples.copy(), groups=tuple(groups))
+
+    def draw(
+        self,
+        rows: NDArray[np.int64],
+        views: NDArray[np.int64],
+        epoch: int,
+        shapes: NDArray[np.int64] | None = None,
+    ) -> tuple[GroupPlan, ...]:
+        """The draws of ``views`` [B] of the images ``rows`` [B] in ``epoch``, per group; the boxes lie in the images
+        ``shapes`` [B] where these are given."""
         groups, crop = [], 0
         for group in self.groups:
             ids = np.arange(crop, crop + group.crops)
-            groups.append(self._draw(group, ids, rows, epoch))
+            groups.append(self._draw(group, ids, rows, views, epoch, rows if shapes is None else shapes))
             crop += group.crops
-        return BatchPlan(epoch, step, micro, rows, repeats, tuple(groups))
+        return tuple(groups)
 
-    def _draw(self, group: CropGroup, ids: NDArray[np.int64], rows: NDArray[np.int64], epoch: int) -> GroupPlan:
-        flat = np.tile(rows, len(ids))
-        crops = np.repeat(ids << 16, len(rows))
-        blocks = np.array([[0], [SWITCH_BLOCK], [FACTOR_BLOCK], [FILTER_BLOCK]], np.int64)
-        uniforms = _uniforms(self.seed, flat, blocks | crops, epoch)
-        first, switches, factors, filters = uniforms.swapaxes(0, 1)
-        heights, widths = self.heights[flat].astype(np.int64), self.widths[flat].astype(np.int64)
+    @cached_property
+    def _classes(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """All rows sorted by class, and of each class its first place there and its size; one class without labels."""
+        rows = np.sort(self.samples).astype(np.int64)
+        labels = np.zeros(len(rows), np.int32) if self._labels is None else self._labels[rows]
+        order = np.argsort(labels, kind="stable")
+        _, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
+        return rows[order], starts, sizes
+
+    def _padded(self, step: int) -> int:
+        """How many places of the global batch ``step`` show images that the epoch has run out of."""
+        repeats = self.data.repeats
+        return max(0, (step + 1) * self.batch_size // repeats - len(self.samples)) * repeats
+
+    def _at(self, epoch: int, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rows and views at ``places``, which are counted over the global batches of ``epoch``."""
+        draws, copies = np.divmod(places, self.data.repeats)
+        order, views = self._order(epoch)
+        if views is None:
+            rounds, draws = np.divmod(draws, len(order))
+        else:
+            rounds = views[draws]
+        return order[draws], rounds * self.data.repeats + copies
+
+    def _order(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+        """The rows in this epoch's order, and how often each was drawn before; None where that is never."""
+        if self._latest is None or self._latest[0] != epoch:
+            keys = random_keys(self.seed, self.samples, 0, epoch, PERMUTATION_PURPOSE)
+            order, views = self.samples[np.argsort(keys, kind="stable")].astype(np.int64), None
+            if self.data.sampling == "balanced":
+                order, views = self._balanced(order, epoch)
+            order.setflags(write=False)
+            self._latest = (epoch, order, views)
+        return self._latest[1:]
+
+    def _balanced(self, order: NDArray[np.int64], epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Blocks of all classes, each in an order of its own; block b has each class's b-th row, in cycles."""
+        assert self._labels is not None
+        by_class = order[np.argsort(self._labels[order], kind="stable")]
+        classes, starts, sizes = np.unique(self._labels[by_class], return_index=True, return_counts=True)
+        length = max(len(order), self._draws)
+        blocks = np.arange(-(-length // len(classes)))
+        pairs = np.tile(classes, len(blocks)).astype(np.int64), np.repeat(blocks, len(classes)).astype(np.int64)
+        keys = random_keys(self.seed, *pairs, epoch, BLOCK_PURPOSE)
+        turns = np.argsort(keys.reshape(len(blocks), -1), axis=1, kind="stable")
+        rounds, places = np.divmod(blocks[:, None], sizes[turns])
+        return by_class[starts[turns] + places].ravel()[:length], rounds.ravel()[:length]
+
+    def _draw(
+        self,
+        group: CropGroup,
+        ids: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        views: NDArray[np.int64],
+        epoch: int,
+        shapes: NDArray[np.int64],
+    ) -> GroupPlan:
+        flat, crops = np.tile(rows, len(ids)), np.repeat(ids << 16, len(rows))
+        counter = np.empty((4, 4, len(flat)), np.uint64)
+        counter[0], counter[2], counter[3] = flat, epoch, CROP_PURPOSE | np.tile(views, len(ids)) << VIEW_SHIFT
+        counter[1] = np.array([[0], [SWITCH_BLOCK], [FACTOR_BLOCK], [FILTER_BLOCK]]) | crops
+        first, switches, factors, filters = uniforms(counter, self.seed).swapaxes(0, 1)
+        shown = np.tile(shapes, len(ids))
+        heights, widths = self.heights[shown].astype(np.int64), self.widths[shown].astype(np.int64)
         boxes, found = try_boxes(first, heights, widths, group.scale, self.data.ratio)
         for attempt in range(1, TRIES):
             todo = np.flatnonzero(~found)
             if not len(todo):
                 break
-            uniforms = _uniforms(self.seed, flat[todo], crops[todo] | attempt, epoch)
-            boxes[todo], found[todo] = try_boxes(uniforms, heights[todo], widths[todo], group.scale, self.data.ratio)
+            again = counter[:, 0, todo]
+            again[1] = crops[todo] | attempt
+            numbers = uniforms(again, self.seed)
+            boxes[todo], found[todo] = try_boxes(numbers, heights[todo], widths[todo], group.scale, self.data.ratio)
         if not found.all():
             boxes[~found] = central_boxes(heights[~found], widths[~found], self.data.ratio)
         shape = (len(ids), len(rows))
         params = draw_params(switches, factors, filters, group, self.augment)
         return GroupPlan(group, boxes.astype(np.int32).reshape(*shape, 4), params.reshape(*shape, NUM_PARAMS))
-
-
-def try_boxes(
-    uniforms: NDArray[np.float64],
-    heights: NDArray[np.int64],
-    widths: NDArray[np.int64],
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """One try of torchvision's RandomResizedCrop per row, from ``uniforms`` [4, N] (area, log-ratio, top, left).
-
-    Returns boxes int64 [N, 4] (top, left, height, width) and whether each fits its image (else it means nothing).
-    """
-    area = heights * widths * (scale[0] + (scale[1] - scale[0]) * uniforms[0])
-    low, high = np.log(ratio)
-    aspect = np.exp(low + (high - low) * uniforms[1])
-    width = np.rint(np.sqrt(area * aspect)).astype(np.int64)
-    height = np.rint(np.sqrt(area / aspect)).astype(np.int64)
-    found = (width > 0) & (width <= widths) & (height > 0) & (height <= heights)
-    top = (uniforms[2] * (heights - height + 1)).astype(np.int64)
-    left = (uniforms[3] * (widths - width + 1)).astype(np.int64)
-    return np.stack((top, left, height, width), 1), found
-
-
-def central_boxes(
-    heights: NDArray[np.int64], widths: NDArray[np.int64], ratio: tuple[float, float]
-) -> NDArray[np.int64]:
-    """torchvision's fallback: the largest centred box whose aspect ratio lies within ``ratio``, at least one pixel."""
-    shape = widths / heights
-    height = np.where(shape < ratio[0], np.rint(widths / ratio[0]), heights)
-    width = np.where(shape > ratio[1], np.rint(heights * ratio[1]), widths)
-    height, width = np.clip(height, 1, heights).astype(np.int64), np.clip(width, 1, widths).astype(np.int64)
-    return np.stack(((heights - height) // 2, (widths - width) // 2, height, width), 1)
 
 
 def draw_params(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
@@ -46,7 +47,7 @@ class SyntheticLoader:
         # Drawn on the CPU, so that every device gets the same numbers.
         random = torch.Generator().manual_seed(seed * world + rank)
         self._crops = tuple(
-            torch.randn(group.crops * images, 3, group.size, group.size, generator=random)
+            torch.randn(group.crops * images, data.channels, group.size, group.size, generator=random)
             .to(device, dtype)
             .contiguous(memory_format=torch.channels_last)
             for group in crop_groups(data, augment)
@@ -55,6 +56,7 @@ class SyntheticLoader:
         self._samples = np.arange(rank * images, (rank + 1) * images, dtype=np.int64)
         self._steps, self._micros, self._steps_per_epoch = range(start, stop), micros, steps_per_epoch
         self.wait_s = 0.0
+        self.news: deque[str] = deque()  # no file can go bad
 
     def __enter__(self) -> SyntheticLoader:
         return self
@@ -70,7 +72,8 @@ class SyntheticLoader:
             for micro in range(self._micros):
                 start = time.perf_counter()
                 epoch, within = divmod(step, self._steps_per_epoch)
-                plan = BatchPlan(epoch, within, micro, self._samples, 0, ())
+                views = np.zeros_like(self._samples)
+                plan = BatchPlan(epoch, within, micro, self._samples, 0, (), views, self._samples)
                 last = micro == self._micros - 1
                 batch = Batch(epoch, step, micro, self._crops, self._target, self._samples, plan, last)
                 self.wait_s += time.perf_counter() - start

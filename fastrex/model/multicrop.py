@@ -20,7 +20,7 @@ class MultiCropModel(nn.Module):
     """An encoder and a projector that see all crops of a batch.
 
     Args:
-        encoder: module [B, 3, H, W] -> [B, D].
+        encoder: module [B, C, H, W] -> [B, D].
         projector: module [N, D] -> [N, out_dim].
     """
 
@@ -30,7 +30,7 @@ class MultiCropModel(nn.Module):
         self.projector = projector
 
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
-        """Project all crops: groups of [K*B, 3, S, S], crop-major, -> [N, out_dim] in the order of the groups.
+        """Project all crops: groups of [K*B, C, S, S], crop-major, -> [N, out_dim] in the order of the groups.
 
         The encoder runs once per resolution (its batch statistics are those of one resolution; neighbouring groups of
         the same size share a pass), the projector once over all rows.
@@ -43,7 +43,7 @@ class MultiCropModel(nn.Module):
         return out
 
     def encode(self, x: Tensor) -> Tensor:
-        """Features [B, D] of images [B, 3, H, W]: what is kept after training."""
+        """Features [B, D] of images [B, C, H, W]: what is kept after training."""
         features: Tensor = self.encoder(x)
         return features
 

@@ -131,7 +131,7 @@ class _Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet without a classifier: images [B, 3, H, W] -> features [B, num_features] (global average pool).
+    """ResNet without a classifier: images [B, C, H, W] -> features [B, num_features] (global average pool).
 
     Args:
         arch: one of ``ARCHS``.
@@ -139,6 +139,7 @@ class ResNet(nn.Module):
         width: channels of the stem; 64 is the published network, every other layer scales with it.
         bn_momentum: momentum of the running statistics.
         bn_eps: eps of the batch normalisation.
+        channels: C, of the images: 3, or 1 for grey ones.
 
     Convolutions start from Kaiming's normal (fan-out, ReLU), batch norms from 1 and 0, also the last of each block.
     Weights are kept channels-last and inputs are brought to that format.
@@ -150,7 +151,14 @@ class ResNet(nn.Module):
     layer4: nn.Sequential
 
     def __init__(
-        self, arch: str, *, stem: str = "imagenet", width: int = 64, bn_momentum: float = 0.1, bn_eps: float = 1e-5
+        self,
+        arch: str,
+        *,
+        stem: str = "imagenet",
+        width: int = 64,
+        bn_momentum: float = 0.1,
+        bn_eps: float = 1e-5,
+        channels: int = 3,
     ) -> None:
         super().__init__()
         if arch not in ARCHS:
@@ -159,9 +167,11 @@ class ResNet(nn.Module):
             raise ValueError(f"ResNet: stem must be one of {', '.join(STEMS)}, got {stem!r}")
         if width < 1:
             raise ValueError(f"ResNet: width must be positive, got {width}")
+        if channels not in (1, 3):
+            raise ValueError(f"ResNet: channels must be 1 or 3, got {channels}")
         bottleneck, depths = ARCHS[arch]
         norm = partial(BatchNormAct, eps=bn_eps, momentum=bn_momentum)
-        self.conv1 = _conv(3, width, 7, 2) if stem == "imagenet" else _conv(3, width, 3)
+        self.conv1 = _conv(channels, width, 7, 2) if stem == "imagenet" else _conv(channels, width, 3)
         self.bn1 = norm(width)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
         inputs = width
@@ -187,8 +197,8 @@ class ResNet(nn.Module):
         return nn.functional.adaptive_avg_pool2d(x, 1).flatten(1)
 
 
-def build_encoder(model: ModelConfig) -> nn.Module:
-    """The encoder that a configuration asks for: a module [B, 3, H, W] -> [B, D] with ``num_features`` = D.
+def build_encoder(model: ModelConfig, channels: int = 3) -> nn.Module:
+    """The encoder that a configuration asks for: a module [B, channels, H, W] -> [B, D] with ``num_features`` = D.
 
     ``timm:NAME`` gives timm's model with fresh weights, pooled output and its own normalisation settings.
 
@@ -203,17 +213,22 @@ def build_encoder(model: ModelConfig) -> nn.Module:
                 f"{nearest(model.arch, list(ARCHS))}"
             )
         return ResNet(
-            model.arch, stem=model.stem, width=model.width, bn_momentum=model.bn_momentum, bn_eps=model.bn_eps
+            model.arch,
+            stem=model.stem,
+            width=model.width,
+            bn_momentum=model.bn_momentum,
+            bn_eps=model.bn_eps,
+            channels=channels,
         )
     if model.stem != "imagenet" or model.width != 64:
         raise FastrexError(
             f"train: model.stem and model.width must keep their defaults for {model.arch}, got {model.stem!r} and "
             f"{model.width}; set model.stem=imagenet model.width=64"
         )
-    return timm_encoder(model.arch.removeprefix("timm:"))
+    return timm_encoder(model.arch.removeprefix("timm:"), channels)
 
 
-def timm_encoder(name: str) -> nn.Module:
+def timm_encoder(name: str, channels: int = 3) -> nn.Module:
     """timm's model ``name`` with fresh weights and no classifier; ``num_features`` is the length of its output."""
     try:
         import timm
@@ -228,7 +243,7 @@ def timm_encoder(name: str) -> nn.Module:
         raise FastrexError(
             f"model.arch must be timm: and a name that timm {timm.__version__} knows ({near}), got {name!r}"
         )
-    encoder: nn.Module = timm.create_model(name, pretrained=False, num_classes=0)
+    encoder: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, in_chans=channels)
     # Some of timm's models widen the pooled vector once more before their classifier.
     encoder.num_features = getattr(encoder, "head_hidden_size", None) or encoder.num_features
     convert_conv2d_weight_memory_format(encoder, torch.channels_last)
@@ -244,10 +259,15 @@ def infer_arch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         FastrexError: the state is not that of a plain ResNet-18, 34, 50 or 101.
     """
     conv1 = state_dict.get("conv1.weight")
-    if not isinstance(conv1, Tensor) or conv1.dim() != 4 or conv1.shape[1] != 3 or conv1.shape[2] not in (3, 7):
+    if (
+        not isinstance(conv1, Tensor)
+        or conv1.dim() != 4
+        or conv1.shape[1] not in (1, 3)
+        or conv1.shape[2] not in (3, 7)
+    ):
         got = "none" if conv1 is None else str(list(getattr(conv1, "shape", ())))
         raise FastrexError(
-            f"infer_arch: state_dict must hold a ResNet's conv1.weight [width, 3, 7 or 3, ...], got {got}"
+            f"infer_arch: state_dict must hold a ResNet's conv1.weight [width, 3 or 1, 7 or 3, ...], got {got}"
         )
     bottleneck = "layer1.0.conv3.weight" in state_dict
     blocks = {match.groups() for key in state_dict if (match := re.match(r"layer([1-4])\.(\d+)\.conv1\.weight$", key))}
@@ -258,3 +278,24 @@ def infer_arch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
             return {"arch": arch, "stem": stem, "width": int(conv1.shape[0])}
     block = "bottleneck" if bottleneck else "basic"
     raise FastrexError(f"infer_arch: state_dict must be that of {', '.join(ARCHS)}, got {block} blocks {list(depths)}")
+
+
+def match_channels(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """``state`` for the image channels of ``wanted``, and a few words on what was changed ("" for nothing).
+
+    The first layer of an encoder of colour images is summed over its three input channels for grey ones, that of a grey
+    one is repeated and divided by 3: then grey images give the same response in either, but for the normalisation of
+    the single channels (timm does the same).
+    """
+    result, words = dict(state), ""
+    for name, own in wanted.items():
+        given = state.get(name)
+        if given is None or own.dim() != 4 or given.dim() != 4 or given.shape[2:] != own.shape[2:]:
+            continue
+        if (given.shape[1], own.shape[1]) == (3, 1):
+            result[name] = given.sum(dim=1, keepdim=True)
+            words = f"the three input channels of {name} are summed for grey images"
+        elif (given.shape[1], own.shape[1]) == (1, 3):
+            result[name] = given.repeat(1, 3, 1, 1) / 3
+            words = f"the grey input channel of {name} is repeated, divided by 3, for colour images"
+    return result, words
