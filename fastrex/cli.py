@@ -12,6 +12,7 @@ import shlex
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
@@ -49,14 +50,21 @@ def main() -> None:
             first = (str(error).strip().splitlines() or ["no message"])[0]
             text = f"{type(error).__name__}: {first} (--debug shows the traceback)"
         click.echo(f"fastrex: error{where}: {text}", err=True)
-        # Leave without the interpreter's own teardown of a half-alive process group: it would wait for ranks that are
-        # gone.
+        code = next((number for kind, number in CODES if isinstance(error, kind)), 1)
+    _leave(code if isinstance(code, int) else 0)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process; one of several ranks without the interpreter's teardown.
+
+    After an error that would wait for ranks that are gone. After a success a thread of gloo may still be about to free
+    a tensor: it asks the interpreter that is going down for its lock, and the process aborts, its work done.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         sys.stdout.flush()
         sys.stderr.flush()
-        code = next((number for kind, number in CODES if isinstance(error, kind)), 1)
-        if where:
-            os._exit(code)
-    sys.exit(code if isinstance(code, int) else 0)
+        os._exit(code)
+    sys.exit(code)
 
 
 @click.group(context_settings=CONTEXT)
@@ -216,9 +224,9 @@ def env() -> None:
 
 
 @cli.command("bench", context_settings={"ignore_unknown_options": True}, add_help_option=False)
-@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="kernels|curve [OPTIONS]")
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="kernels|loader|curve [OPTIONS]")
 def bench(words: tuple[str, ...]) -> None:
-    """Measure the kernels beside their rivals; fastrex bench --help lists what else."""
+    """Measure kernels and loader beside their rivals; fastrex bench --help lists what else."""
     # An installation has the benchmarks inside this package, a checkout beside it.
     root = Path(__file__).parents[1]
     try:

@@ -20,6 +20,12 @@ from .settings import build, convert, nearest, parse, parse_override, setting, t
 
 RECIPES = Path(__file__).parent / "recipes"
 OBJECTIVE = "objective"
+# What may be set when a run is resumed: none of it changes a batch of good files, or a weight.
+RESUMABLE = {
+    "data": ("on_bad_sample", "max_bad_samples", "threads", "prefetch"),
+    "checkpoint": ("every_epochs", "every_steps", "keep"),
+    "run": ("log_every", "tensorboard", "wandb"),
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,8 @@ class DataConfig:
     """Where the images are, how they are cut, how they are delivered."""
 
     path: str = setting(
-        "", "image folder (train/+val/, train/+test/, or one folder of class folders); synthetic = random data"
+        "",
+        "class folders (with train/+val/ or alone), a .csv/.tsv/.jsonl list, tar shards; synthetic = random data",
     )
     held_out: float = setting(
         0.1, "share of each class held out where the folder has no val/ or test/", low=0.0, high=0.9
@@ -330,6 +337,15 @@ def to_toml(config: Config) -> str:
             current = section
         lines.append(f"{key} = {toml_value(value)}")
     return "\n".join(lines) + "\n"
+
+
+def resumed(old: Config, new: Config) -> Config:
+    """``old`` with those settings of ``new`` that change how a run works, not what it computes; see ``RESUMABLE``."""
+    parts: dict[str, Any] = {}
+    for section, keys in RESUMABLE.items():
+        fresh = {key: getattr(getattr(new, section), key) for key in keys}
+        parts[section] = dataclasses.replace(getattr(old, section), **fresh)
+    return dataclasses.replace(old, **parts)
 
 
 def diff(old: Config, new: Config) -> list[str]:

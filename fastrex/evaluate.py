@@ -26,12 +26,14 @@ def evaluate(
     world: World,
     autocast: Autocast,
     predict: Callable[[Tensor], Tensor | None] | None = None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, float]:
     """Accuracies on the held-out images with running BatchNorm statistics and one centre crop.
 
     Args:
         encoder: images [B, 3, S, S] -> features [B, D], in eval mode.
         predict: features [B, D] -> class scores [B, C] or None; the objective's own classifier behind the projector.
+        note: is told of files that went bad and were left out (``data.on_bad_sample=replace``).
 
     Returns:
         ``eval/top1`` (where ``predict`` gives scores), ``eval/knn`` and ``eval/images``; empty when nothing is held
@@ -42,9 +44,9 @@ def evaluate(
         return {}
     bank_rows = knn_rows(index, index.rows("train", config.data.held_out), config.eval.knn_per_class)
     with torch.inference_mode():
-        bank, bank_labels, _, _ = _extract(encoder, index, bank_rows, config, world, autocast, None)
+        bank, bank_labels, _, _ = _extract(encoder, index, bank_rows, config, world, autocast, None, note)
         bank, bank_labels = gather_ragged(bank, world), gather_ragged(bank_labels, world)
-        features, labels, hits, scored = _extract(encoder, index, held_out, config, world, autocast, predict)
+        features, labels, hits, scored = _extract(encoder, index, held_out, config, world, autocast, predict, note)
         votes = knn_scores(
             bank, bank_labels, features, len(index.classes), config.eval.knn_k, config.eval.knn_temperature
         )
@@ -93,6 +95,7 @@ def _extract(
     world: World,
     autocast: Autocast,
     predict: Callable[[Tensor], Tensor | None] | None,
+    note: Callable[[str], None],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """This rank's share of ``rows``: features [R, D], labels [R], and the numbers of hits and of scored images, 0-d."""
     mine = rows[world.rank :: world.size]
@@ -117,6 +120,8 @@ def _extract(
             scored += len(target)
         features.append(out.float())
         labels.append(target)
+    for line in loader.news:
+        note(line)
     if not features:
         size = int(encoder.num_features)  # type: ignore[arg-type]
         return torch.zeros(0, size, device=world.device), scored.new_zeros(0), hits, scored

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,10 +45,10 @@ class Meter:
 
 
 class Log:
-    """Lines for people and records for programs. Only rank 0 writes."""
+    """Lines for people and records for programs. Only rank 0 writes, apart from :meth:`anyone`."""
 
     def __init__(self, run: Path, config: Config, world: World, resume_step: int | None) -> None:
-        self.main, self.run = world.main, run
+        self.main, self.rank, self.run = world.main, world.rank, run
         self.board: Any = None
         self.wandb: Any = None
         if not self.main:
@@ -71,6 +72,17 @@ class Log:
             print(text, flush=True)
             self.text.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n")
             self.text.flush()
+
+    def anyone(self, text: str) -> None:
+        """As :meth:`line`, but from whichever rank has something to say; not for what all of them know."""
+        if self.main:
+            self.line(text)
+            return
+        text = f"[rank {self.rank}] {text}"
+        print(text, file=sys.stderr, flush=True)
+        # Opened for this line only: rank 0 appends to the same file.
+        with (self.run / "train.log").open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n")
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl: ``step``, ``time`` (Unix seconds) and the named values."""

@@ -12,6 +12,7 @@ from . import checkpoint, distributed, export, rundir, schedule
 from . import config as config_module
 from .data.dataset import Dataset
 from .errors import FastrexError
+from .model.resnet import match_channels
 from .optim import load_tensors
 from .step import Trainer
 
@@ -64,6 +65,7 @@ def init_from(trainer: Trainer, source: Path | str) -> str:
     encoder = trainer.model.encoder
     own = {n: t for n, t in encoder.state_dict().items() if not n.endswith("num_batches_tracked")}
     given = {n: t for n, t in loaded.state.items() if not n.endswith("num_batches_tracked")}
+    given, words = match_channels(given, own)
     try:
         load_tensors(own, given, "encoder")
     except FastrexError:
@@ -73,7 +75,7 @@ def init_from(trainer: Trainer, source: Path | str) -> str:
         ) from None
     if trainer.ema is not None:
         trainer.ema.encoder.load_state_dict(encoder.state_dict())
-    return f"encoder starts from {source}"
+    return f"encoder starts from {source}{f' ({words})' if words else ''}"
 
 
 def _kind(arch: Mapping[str, object]) -> str:

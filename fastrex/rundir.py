@@ -37,20 +37,21 @@ def prepare(out: Path, config: Config | None, resume: str) -> tuple[Config, bool
     """Decide between a new run and a resumed one; return the configuration that holds and whether to resume.
 
     Args:
-        config: what the command line asked for; None asks for whatever the run directory says.
+        config: what the command line asked for; None asks for whatever the run directory says. A resumed run takes
+            only ``config.RESUMABLE`` from it, anything else must be as it was.
         resume: never (a non-empty directory is refused), auto (resume when there is a run), must.
     """
     stored = out / CONFIG
     if resume != "never" and stored.is_file():
         old = config_module.read(stored)
-        changes = config_module.diff(old, config) if config is not None else []
-        if changes:
+        kept = config_module.resumed(old, config) if config is not None else old
+        if config is not None and (changes := config_module.diff(kept, config)):
             raise FastrexError(
                 f"train: --resume must continue the same run, but {out} differs in {'; '.join(changes[:5])}"
                 f"{'; ...' if len(changes) > 5 else ''}. Resume without settings, or start a new --out with "
                 f"--init-from {out}"
             )
-        return old, True
+        return kept, True
     if resume == "must":
         raise FastrexError(
             f"train: --resume must needs a run in --out, got {out} without {CONFIG}; use --resume auto or never"
@@ -74,16 +75,16 @@ class RunDir:
         self._lock: IO[str] | None = None
         self._opened = False
 
-    def open(self, config: Config, *, resumed: bool, facts: Mapping[str, Any]) -> None:
+    def open(self, config: Config, *, facts: Mapping[str, Any]) -> None:
         """Take the lock and write what the run is; the other ranks wait, before (they still look at the directory) and
         after."""
         distributed.barrier(self.world)
         if self.world.main:
-            self._open(config, resumed, facts)
+            self._open(config, facts)
         distributed.barrier(self.world)
         self._opened = True
 
-    def _open(self, config: Config, resumed: bool, facts: Mapping[str, Any]) -> None:
+    def _open(self, config: Config, facts: Mapping[str, Any]) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / LOCK).open("a", encoding="utf-8")
@@ -98,10 +99,10 @@ class RunDir:
             raise FastrexError(
                 f"train: --out {self.path} is being written by another process; stop it or choose another --out"
             ) from None
-        if not resumed:
-            temp = self.path / f".{CONFIG}"
-            temp.write_text(config_module.to_toml(config), encoding="utf-8")
-            temp.replace(self.path / CONFIG)
+        # Also of a resumed run: some settings may have been changed.
+        temp = self.path / f".{CONFIG}"
+        temp.write_text(config_module.to_toml(config), encoding="utf-8")
+        temp.replace(self.path / CONFIG)
         checkpoint.write_json(self.path / ENV, {**environment(), **facts})
         self.status("running")
 

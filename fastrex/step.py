@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ class Trainer:
     def __init__(self, config: Config, num_classes: int, world: World) -> None:
         self.config, self.world = config, world
         torch.manual_seed(config.run.seed)
-        encoder = build_encoder(config.model)
+        encoder = build_encoder(config.model, config.data.channels)
         bn = {"bn_momentum": config.model.bn_momentum, "bn_eps": config.model.bn_eps}
         projector = Projector(int(encoder.num_features), config.projector, **bn)  # type: ignore[arg-type]
         model = MultiCropModel(encoder, projector)
@@ -116,14 +116,15 @@ class Trainer:
         self.optimizer.step(lr, skip, inv_scale)
         return {**logged, "grad_norm": norm}
 
-    def evaluate(self, index: Index) -> dict[str, float]:
-        """Held-out accuracies of the online encoder, with the objective's classifier and by k-NN."""
+    def evaluate(self, index: Index, note: Callable[[str], None] = lambda line: None) -> dict[str, float]:
+        """Held-out accuracies of the online encoder, with the objective's classifier and by k-NN; ``note`` as in
+        :func:`fastrex.evaluate.evaluate`."""
         self.method.eval()
 
         def predict(features: Tensor) -> Tensor | None:
             return self.objective.predict(self.model.projector(features).float())
 
-        result = evaluate(self.model.encoder, index, self.config, self.world, self.autocast, predict)
+        result = evaluate(self.model.encoder, index, self.config, self.world, self.autocast, predict, note)
         self.method.train()
         return result
 

@@ -90,7 +90,7 @@ def train(
         facts = {"world_size": world.size, "device": str(world.device), "classes": len(data.classes)}
         with contextlib.ExitStack() as closing:
             closing.callback(run.close)
-            run.open(config, resumed=resuming, facts=facts)
+            run.open(config, facts=facts)
             try:
                 return _train(trainer, data, run, resuming, max_steps, notices, closing)
             except DivergedError as error:
@@ -116,7 +116,7 @@ def _train(
     stop = plan.total if max_steps is None else min(max_steps, plan.total)
     log = Log(run.path, config, world, start if resuming else None)
     closing.callback(log.close)
-    lines += [*notices, *data.notices, *trainer.objective.notices(data.class_counts)]
+    lines += [*notices, *data.notices, *trainer.objective.notices(data.drawn_counts)]
     for line in [*_opening(trainer, data, run.path, start, stop, plan.total), *lines]:
         log.line(line)
     step, state, metrics = _loop(trainer, data, plan, run, log, start, stop)
@@ -150,6 +150,8 @@ def _loop(
         micros: list[Batch] = []
         mark = Mark(start)
         for batch in loader:
+            while loader.news:
+                log.anyone(loader.news.popleft())
             micros.append(batch)
             if not batch.last_micro:
                 continue
@@ -214,7 +216,7 @@ def look_at(config: Config, data: Dataset, step: int) -> bool:
 
 def _evaluate(trainer: Trainer, data: Dataset, log: Log, step: int) -> dict[str, float]:
     assert data.index is not None
-    results = trainer.evaluate(data.index)
+    results = trainer.evaluate(data.index, log.anyone)
     log.record(step, results)
     log.line(f"step {step} evaluation | {accuracies(results)}")
     return results

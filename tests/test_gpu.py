@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,13 @@ def configuration(data: Path, *more: str) -> c.Config:
     return c.load("demo", [*SETTINGS, f"data.path={json.dumps(str(data))}", *more])
 
 
-def test_crops_on_the_device_are_those_of_the_cpu(stripes: Path) -> None:
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("resize", ["dali", "fastrex"])
+def test_crops_on_the_device_are_those_of_the_cpu(stripes: Path, resize: str, channels: int) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    config = configuration(stripes)
     batches = []
-    for device in ("cpu", "cuda"):
+    for device, cutter in (("cpu", "fastrex"), ("cuda", resize)):
+        config = configuration(stripes, f"data.resize={cutter}", f"data.channels={channels}")
         with distributed.world(device) as world:
             data = open_dataset(config, world)
             with data.batches(0, 3, world) as loader:
@@ -34,6 +37,25 @@ def test_crops_on_the_device_are_those_of_the_cpu(stripes: Path) -> None:
         for a, b in zip(on_cpu, on_gpu, strict=True):
             # Decoders differ by a level or two of 255, divided by a deviation of 0.22.
             assert (a - b).abs().mean() < 3 / 255 / 0.22
+
+
+@pytest.mark.parametrize("resize", ["dali", "fastrex"])
+def test_a_bad_file_is_replaced_on_the_device_too(stripes: Path, tmp_path: Path, resize: str) -> None:
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    folder = Path(shutil.copytree(stripes, tmp_path / "images"))
+    words = [f"data.resize={resize}", "data.on_bad_sample=replace", "run.seed=3"]
+    samples = []
+    with distributed.world("cuda") as world:
+        data = open_dataset(configuration(folder, *words), world)
+        assert data.index is not None
+        for damage in (False, True):
+            if damage:
+                victim = data.index.path(5)
+                victim.write_bytes(victim.read_bytes()[:60].ljust(victim.stat().st_size, b"\xff"))
+            with data.batches(0, 8, world) as loader:
+                samples.append([batch.samples.tolist() for batch in loader])
+    for clean, other in zip(*samples, strict=True):
+        assert all(a == b if a != 5 else b != 5 for a, b in zip(clean, other, strict=True))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])

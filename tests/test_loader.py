@@ -20,7 +20,6 @@ from fastrex.data.ahead import Ahead
 from fastrex.data.index import Index, build
 from fastrex.data.loader import Batch, EvalLoader, TrainLoader
 from fastrex.data.plan import Plan
-from fastrex.data.show import contact_sheet, describe
 from fastrex.data.synthetic import SyntheticLoader
 from fastrex.errors import FastrexError
 
@@ -200,7 +199,7 @@ def test_a_file_damaged_after_indexing_is_named_in_the_consumer(folder: Path, tm
         list(loader)
     message = str(caught.value)
     assert repr(str(victim)) in message
-    assert f"run `fastrex data index {root}`" in message
+    assert f"run `fastrex data check {root}`" in message
     assert message.count(".jpg") == 1
 
 
@@ -288,21 +287,3 @@ def test_synthetic_batches_look_like_real_ones() -> None:
     again = next(iter(SyntheticLoader(DATA, AUGMENT, 10, 8, rank=1, **options)))
     assert torch.equal(large, again.crops[0])
     assert not torch.equal(large, other.crops[0])
-
-
-def test_contact_sheet_shows_the_crops(index: Index, tmp_path: Path) -> None:
-    plan = make_plan(index)
-    contact_sheet(index, plan, DATA, 0, 1, 2, tmp_path / "sheet.png")
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.format == "PNG"
-        colours = {colour for _, colour in sheet.convert("RGB").getcolors(1 << 24) or []}
-    assert {(0xE6, 0x19, 0x4B), (0x3C, 0xB4, 0xFF)} <= colours  # frames of both groups
-    with pytest.raises(FastrexError, match="cannot write"):
-        contact_sheet(index, plan, DATA, 0, 1, 1, tmp_path / "no folder" / "sheet.png")
-
-
-def test_description_of_draws() -> None:
-    order = planner.ORDERS.index((3, 1, 0, 2))
-    params = np.array([1, order, 1.25, 0.5, 1, -0.1, 0, 1.5, 128], np.float32)
-    assert describe(params) == "h-0.10 c0.50 b1.25\nflip blur1.5 sol128"
-    assert describe(np.array(op.OFF, np.float32)) == "\n"

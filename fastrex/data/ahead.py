@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 import torch
 
 Item = TypeVar("Item")
+_setting = threading.Lock()
 
 
 class Ahead(Generic[Item]):
@@ -55,7 +56,7 @@ class Ahead(Generic[Item]):
         atexit.unregister(self.close)
 
     def _work(self) -> None:
-        _compute_alone()
+        compute_alone()
         try:
             for item in self._items:
                 with self._change:
@@ -73,15 +74,16 @@ class Ahead(Generic[Item]):
                 self._change.notify_all()
 
 
-def _compute_alone() -> None:
+def compute_alone() -> None:
     """Make torch use one core in this thread and its number of cores in all others, present and future.
 
     A second team of OpenMP threads beside the consumer's and the decoder's waits, spinning, for a core at the end of
     every operation: on two busy cores that made augmentation ten times slower. The setting belongs to the thread that
     makes it, but also becomes the default of new threads.
     """
-    default = torch.get_num_threads()
-    torch.set_num_threads(1)
-    restore = threading.Thread(target=torch.set_num_threads, args=(default,))
-    restore.start()
-    restore.join()
+    with _setting:  # or the 1 of one thread is the default that the next one finds
+        default = torch.get_num_threads()
+        torch.set_num_threads(1)
+        restore = threading.Thread(target=torch.set_num_threads, args=(default,))
+        restore.start()
+        restore.join()

@@ -1,15 +1,15 @@
-"""Decode, cut and resize with NVIDIA DALI, on the CPU or a GPU; the only module that imports it.
+"""Decode, cut and resize with NVIDIA DALI, on the CPU or a GPU; but for :mod:`.codec` the only module that imports it.
 
-DALI draws nothing here: images, boxes and sizes come with each request, so a batch is what the plan says.
+DALI draws nothing here: images, boxes and sizes come with each request, so a batch is what the plan says. Nor does it
+hold any state that matters: a pipeline that a bad file has broken is built again and fed the same requests.
 """
 
 from __future__ import annotations
 
-import shlex
+import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,22 +31,43 @@ DEPTH = 2  # requests inside DALI: one is waited for while the next one decodes
 class Request:
     """The encoded images of one batch and what to make of them.
 
-    ``files`` are the bytes of B files, ``names`` their paths, for errors. ``arguments`` come from
-    :func:`crop_arguments` or :func:`centre_arguments`.
+    ``names`` and ``files`` are those of B images, ``shapes`` int [B, 2] the heights and widths that they had when they
+    were indexed. ``arguments`` come from :func:`crop_arguments` or :func:`centre_arguments`. ``token`` is the caller's.
     """
 
-    names: Sequence[Path]
+    names: Sequence[str]
     files: Sequence[Bytes]
-    arguments: Sequence[NDArray[Any]]
+    shapes: NDArray[Any]
+    arguments: Sequence[NDArray[Any]] = ()
+    token: Any = None
 
 
-def crop_arguments(boxes: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float32]]:
-    """For :func:`crops`: two corners [B, 2] of each crop in turn, from boxes [K, B, 4] (top, left, height, width)."""
-    corners: list[NDArray[np.float32]] = []
-    for group in boxes:
-        for crop in group.astype(np.float32):
-            corners += [crop[:, :2], crop[:, :2] + crop[:, 2:]]
-    return corners
+# What to do about the images of a request that cannot be used, by position with the reason: another request with as
+# many images or fewer, or an exception. Its token must be the one that the results are to come with.
+Amend = Callable[[Request, dict[int, str]], Request]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How and where to decode.
+
+    batch_size: most images in a request. threads: of the decoder, at least 1. hw_load: share of the JPEGs for the
+    hardware decoder of a GPU that has one. largest: height and width that a GPU's buffers are made for at the start,
+    so that they need not grow in mid-training.
+    """
+
+    batch_size: int
+    threads: int
+    device: torch.device
+    amend: Amend
+    hw_load: float = 0.65
+    largest: tuple[int, int] = (0, 0)
+
+
+def crop_arguments(boxes: Sequence[NDArray[np.int32]]) -> list[NDArray[np.int32]]:
+    """For :func:`crops`: corner and shape [B, 2] of each crop in turn, from boxes [K, B, 4] (top, left, height,
+    width)."""
+    return [part for group in boxes for crop in group for part in (crop[:, :2], crop[:, 2:])]
 
 
 def centre_arguments(heights: NDArray[Any], widths: NDArray[Any], resize: int, size: int) -> list[NDArray[Any]]:
@@ -63,114 +84,175 @@ def centre_arguments(heights: NDArray[Any], widths: NDArray[Any], resize: int, s
     return [resized.astype(np.float32), corner.astype(np.int32)]
 
 
-def crops(
-    requests: Iterator[Request],
-    groups: Sequence[tuple[int, int]],
-    *,
-    batch_size: int,
-    threads: int,
-    device: torch.device,
-    root: Path,
-) -> Iterator[tuple[Request, tuple[Tensor, ...]]]:
-    """Decode each image once as RGB, cut it at its boxes and resize with an antialiased cubic.
+def decoded(requests: Iterator[Request], decoder: Decoder) -> Iterator[tuple[Request, list[Tensor]]]:
+    """Each image as RGB: uint8 [H, W, 3], EXIF orientation applied, DALI's memory for as long as it is referenced.
 
-    That is Pillow's BICUBIC resize with ``box=``: the filter sees the pixels just outside the box.
-
-    Args:
-        requests: batches of at most ``batch_size`` images; pulled in this thread, ``DEPTH`` ahead of the results.
-        groups: (crops per image K, side S) of each group.
-        threads: of the decoder, at least 1. device: where to decode and cut. root: the image folder, for errors.
-
-    Yields:
-        The request, and for each group uint8 [K*B, S, S, 3], crop-major, in memory of its own.
+    ``requests`` are pulled in this thread, ``DEPTH`` ahead of the results.
 
     Raises:
-        FastrexError: DALI is missing, or images cannot be decoded, which are named.
+        FastrexError: DALI is missing, or what ``decoder.amend`` raises for images that cannot be used.
     """
-    sides = [side for count, side in groups for _ in range(count)]
+    for request, outputs in _run(requests, lambda fn, types, images, arguments: [images], [], decoder):
+        yield request, [from_dlpack(images[i]) for images in outputs for i in range(len(images))]
 
-    def graph(fn: Any, types: Any, images: Any, corners: Sequence[Any]) -> list[Any]:
+
+def crops(
+    requests: Iterator[Request], sides: Sequence[int], decoder: Decoder
+) -> Iterator[tuple[Request, list[Tensor]]]:
+    """Decode each image once, cut crop i at its box and resize it to ``sides[i]`` with an antialiased cubic.
+
+    Yields:
+        The request, and for each crop uint8 [B, S, S, 3], DALI's memory for as long as it is referenced. On a GPU the
+        current stream waits for it.
+    """
+
+    def graph(fn: Any, types: Any, images: Any, boxes: Sequence[Any]) -> list[Any]:
         how = {"interp_type": types.INTERP_CUBIC, "antialias": True}
-        return [
-            fn.resize(images, size=[side, side], roi_start=corners[2 * i], roi_end=corners[2 * i + 1], **how)
-            for i, side in enumerate(sides)
+        # Cut first: the filter sees the box only, as in torchvision's RandomResizedCrop.
+        cuts = [
+            fn.slice(images, start=corner, shape=shape, axes=[0, 1])
+            for corner, shape in zip(boxes[::2], boxes[1::2], strict=True)
         ]
+        return [fn.resize(cut, size=[side, side], **how) for cut, side in zip(cuts, sides, strict=True)]
 
-    for request, outputs in _run(requests, graph, [np.float32] * 2 * len(sides), batch_size, threads, device, root):
-        pieces = iter(outputs)
-        yield request, tuple(_own([next(pieces) for _ in range(count)]) for count, _ in groups)
+    for request, outputs in _run(requests, graph, [np.int32] * 2 * len(sides), decoder):
+        yield request, [from_dlpack(output.as_tensor()) for output in outputs]
 
 
-def centre_crops(
-    requests: Iterator[Request], size: int, *, batch_size: int, threads: int, device: torch.device, root: Path
-) -> Iterator[tuple[Request, Tensor]]:
-    """Decode as RGB, resize with an antialiased linear filter, cut the centre: uint8 [B, size, size, 3].
-
-    Arguments and errors as for :func:`crops`.
-    """
+def centre_crops(requests: Iterator[Request], size: int, decoder: Decoder) -> Iterator[tuple[Request, Tensor]]:
+    """Decode, resize with an antialiased linear filter, cut the centre: uint8 [B, size, size, 3]; as :func:`crops`."""
 
     def graph(fn: Any, types: Any, images: Any, arguments: Sequence[Any]) -> list[Any]:
         resized = fn.resize(images, size=arguments[0], interp_type=types.INTERP_LINEAR, antialias=True)
         return [fn.slice(resized, start=arguments[1], shape=[size, size], axes=[0, 1], out_of_bounds_policy="pad")]
 
-    for request, outputs in _run(requests, graph, [np.float32, np.int32], batch_size, threads, device, root):
-        yield request, _own(outputs)
+    for request, outputs in _run(requests, graph, [np.float32, np.int32], decoder):
+        if outputs:
+            yield request, from_dlpack(outputs[0].as_tensor())
+
+
+def decodable(batches: Iterable[Request], *, batch_size: int, threads: int) -> Iterator[dict[int, str]]:
+    """For each request the images that the decoder of a training run does not take, by position with the reason.
+
+    They are decoded on the CPU and compared with the shapes that they should have.
+    """
+    found: dict[int, dict[int, str]] = {}
+
+    def without(request: Request, bad: dict[int, str]) -> Request:
+        number, places = request.token
+        found.setdefault(number, {}).update({places[i]: reason for i, reason in bad.items()})
+        kept = [i for i in range(len(request.files)) if i not in bad]
+        files, names = [request.files[i] for i in kept], [request.names[i] for i in kept]
+        return Request(names, files, request.shapes[kept], (), (number, [places[i] for i in kept]))
+
+    def numbered() -> Iterator[Request]:
+        for number, request in enumerate(batches):
+            places = list(range(len(request.files)))
+            yield Request(request.names, request.files, request.shapes, (), (number, places))
+
+    decoder = Decoder(batch_size, threads, torch.device("cpu"), without)
+    for request, _ in decoded(numbered(), decoder):
+        yield found.pop(request.token[0], {})
 
 
 def _run(
-    requests: Iterator[Request],
-    graph: Graph,
-    dtypes: Sequence[type[np.generic]],
-    batch_size: int,
-    threads: int,
-    device: torch.device,
-    root: Path,
-) -> Iterator[tuple[Request, list[Tensor]]]:
-    """Feed ``requests`` to a pipeline; yield each with its outputs, which are DALI's and live until the next one."""
+    requests: Iterator[Request], graph: Graph, dtypes: Sequence[type[np.generic]], decoder: Decoder
+) -> Iterator[tuple[Request, list[Any]]]:
+    """Feed ``requests`` to a pipeline; yield each with its outputs, DALI's tensor lists.
+
+    A batch that fails is looked at image by image, amended, and fed to a new pipeline with those behind it: what comes
+    out, and in which order, is the same as if the amended requests had come at once.
+    """
+
+    def shaped(fn: Any, types: Any, images: Any, arguments: Sequence[Any]) -> list[Any]:
+        return [*graph(fn, types, images, arguments), images.shape(dtype=types.INT32)]
+
     inside: deque[Request] = deque()
-
-    def feed() -> Iterator[tuple[Any, ...]]:
-        for request in requests:
-            inside.append(request)
-            yield (list(request.files), *(np.ascontiguousarray(argument) for argument in request.arguments))
-
-    pipeline = _pipeline(feed(), graph, dtypes, batch_size, threads, device)
+    waiting = requests
+    pipeline = None
     while True:
+        if pipeline is None:
+            pipeline = _pipeline(_feed(waiting, inside), shaped, dtypes, decoder)
         try:
-            outputs = pipeline.run()
+            *outputs, shapes = pipeline.run()
         except StopIteration:
+            yield from ((request, []) for request in inside)
             return
         except RuntimeError as error:
             if isinstance(error, FastrexError):
                 raise
-            raise _named(error, inside, root) from error
-        yield inside.popleft(), [from_dlpack(output.as_tensor()) for output in outputs]
+            bad = [_unusable(request) for request in inside]
+            if not any(bad):
+                raise RuntimeError(f"DALI failed, though each image decodes by itself: {error}") from error
+        else:
+            while not inside[0].files:
+                yield inside.popleft(), []
+            bad = [_other_shape(inside[0], np.asarray(shapes.as_tensor())[:, :2])]
+            if not any(bad):
+                yield inside.popleft(), outputs
+                continue
+        pipeline = None
+        bad += [{}] * (len(inside) - len(bad))
+        again = [
+            decoder.amend(request, reasons) if reasons else request
+            for request, reasons in zip(inside, bad, strict=True)
+        ]
+        waiting = itertools.chain(again, requests)
+        inside.clear()
 
 
-def _own(pieces: list[Tensor]) -> Tensor:
-    """Joined along the rows in memory that DALI does not use again, complete when this returns."""
-    joined = torch.cat(pieces)
-    if joined.is_cuda:
-        torch.cuda.current_stream(joined.device).synchronize()
-    return joined
+def _feed(requests: Iterator[Request], inside: deque[Request]) -> Iterator[tuple[Any, ...]]:
+    for request in requests:
+        inside.append(request)
+        if request.files:  # one that has lost its last image only keeps its place: DALI takes no empty batch
+            yield (list(request.files), *(np.ascontiguousarray(argument) for argument in request.arguments))
+
+
+def _other_shape(request: Request, shapes: NDArray[Any]) -> dict[int, str]:
+    """The images that are not as large as they were: their boxes mean nothing."""
+    different = np.flatnonzero((np.asarray(request.shapes) != shapes).any(axis=1))
+    return {
+        int(i): f"has {shapes[i][1]}x{shapes[i][0]} pixels, but had {request.shapes[i][1]}x{request.shapes[i][0]} when "
+        "it was indexed"
+        for i in different
+    }
+
+
+def _unusable(request: Request) -> dict[int, str]:
+    """Which images of a batch that failed are to blame: DALI does not say, so each one is decoded by itself."""
+    bad = {}
+    rest = deque(enumerate(request.files))
+    while rest:
+        pending = iter([([file],) for _, file in rest])
+        alone = Decoder(1, 1, torch.device("cpu"), lambda request, bad: request)
+        pipeline = _pipeline(pending, lambda fn, types, images, _: [images.shape(dtype=types.INT32)], (), alone, 1)
+        while rest:
+            place, _ = rest.popleft()
+            try:
+                (shape,) = pipeline.run()
+            except RuntimeError:
+                bad[place] = "cannot be decoded"
+                break  # what a pipeline does after an error is nowhere promised
+            one = Request(request.names[place : place + 1], [], request.shapes[place : place + 1])
+            if reason := _other_shape(one, np.asarray(shape.as_tensor())[:, :2]):
+                bad[place] = reason[0]
+    return bad
 
 
 def _pipeline(
     feed: Iterator[tuple[Any, ...]],
     graph: Graph,
     dtypes: Sequence[type[np.generic]],
-    batch_size: int,
-    threads: int,
-    device: torch.device,
+    decoder: Decoder,
     depth: int = DEPTH,
 ) -> Any:
     """One pipeline function for the CPU and for a GPU, where DALI decodes with its hybrid decoder."""
     dali, fn, types = _dali()
-    gpu = device.type == "cuda"
+    gpu = decoder.device.type == "cuda"
     pipeline = dali.Pipeline(
-        batch_size=batch_size,
-        num_threads=threads,
-        device_id=(device.index or 0) if gpu else None,
+        batch_size=decoder.batch_size,
+        num_threads=decoder.threads,
+        device_id=(decoder.device.index or 0) if gpu else None,
         prefetch_queue_depth=depth,
     )
     with pipeline:
@@ -183,7 +265,18 @@ def _pipeline(
         )
         # Only RGB: other output types corrupt memory on grey JPEGs. The CPU decoder always upsamples chroma as Pillow
         # does, the GPU's only when told to.
-        options = {"device": "mixed", "jpeg_fancy_upsampling": True} if gpu else {"device": "cpu"}
+        options: dict[str, Any] = {"device": "cpu"}
+        if gpu:
+            height, width = decoder.largest
+            options = {
+                "device": "mixed",
+                "jpeg_fancy_upsampling": True,
+                "hw_decoder_load": decoder.hw_load,
+                "preallocate_height_hint": height,
+                "preallocate_width_hint": width,
+                "device_memory_padding": max(16 << 20, 3 * height * width),
+                "host_memory_padding": max(8 << 20, height * width),
+            }
         images = fn.decoders.image(encoded, output_type=types.RGB, **options)
         pipeline.set_outputs(*graph(fn, types, images, arguments))
     pipeline.build()
@@ -198,36 +291,3 @@ def _dali() -> tuple[Any, Any, Any]:
         fact = f"NVIDIA DALI, which decodes the images, cannot be imported ({error})"
         raise FastrexError(f"{fact}; pip install 'fastrex[train]'") from error
     return dali, fn, types
-
-
-def _named(error: RuntimeError, inside: Sequence[Request], root: Path) -> RuntimeError:
-    """The error to raise for a batch that failed: DALI does not say which file, so each one is decoded by itself."""
-    bad = [
-        name
-        for request in inside
-        for name, file in zip(request.names, request.files, strict=True)
-        if not _decodes(file)
-    ]
-    if not bad:
-        return RuntimeError(f"DALI failed, though each image of the batch decodes by itself: {error}")
-    names = ", ".join(repr(str(name)) for name in dict.fromkeys(bad))
-    return FastrexError(f"cannot decode {names}; {way_out(root)}")
-
-
-def _decodes(file: Bytes) -> bool:
-    pipeline = _pipeline(
-        iter([([file],)]), lambda fn, types, images, arguments: [images], (), 1, 1, torch.device("cpu"), depth=1
-    )
-    try:
-        pipeline.run()
-    except RuntimeError:
-        return False
-    return True
-
-
-def way_out(root: Path) -> str:
-    """What a user can do about a file that went bad after it was indexed."""
-    return (
-        f"restore it to resume this run, or run `fastrex data index {shlex.quote(str(root))}` "
-        "and start a new run with --init-from"
-    )

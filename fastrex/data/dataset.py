@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -16,10 +17,12 @@ import torch
 from ..config import Config
 from ..distributed import World, main_first
 from ..errors import FastrexError, UsageError
+from .crops import cutter
 from .demo import write_digits
 from .index import Index, open_or_build
 from .loader import Batch, TrainLoader
 from .plan import Plan
+from .plan import notices as plan_notices
 from .synthetic import SyntheticLoader
 
 SYNTHETIC = "synthetic"
@@ -30,9 +33,12 @@ __all__ = ["Batch", "Batches", "Dataset", "open_dataset"]
 
 
 class Batches(Protocol):
-    """Batches in order, and how long the consumer has waited for them."""
+    """Batches in order, how long the consumer has waited for them, and lines for the log about files gone bad."""
 
     wait_s: float
+
+    @property
+    def news(self) -> deque[str]: ...
 
     def __iter__(self) -> Iterator[Batch]: ...
 
@@ -50,6 +56,11 @@ class Dataset:
     index: Index | None = None
     plan: Plan | None = None
     notices: list[str] = field(default_factory=list)
+
+    @property
+    def drawn_counts(self) -> np.ndarray[Any, Any]:
+        """How often each class is drawn, up to a common factor."""
+        return np.ones_like(self.class_counts) if self.config.data.sampling == "balanced" else self.class_counts
 
     def batches(self, start: int, stop: int, world: World) -> AbstractContextManager[Batches]:
         """The micro-batches of this rank for steps ``start`` to ``stop`` (exclusive)."""
@@ -92,10 +103,13 @@ def open_dataset(config: Config, world: World) -> Dataset:
         counts = np.full(SYNTHETIC_CLASSES, SYNTHETIC_IMAGES // SYNTHETIC_CLASSES)
         names = tuple(f"class-{c:04d}" for c in range(SYNTHETIC_CLASSES))
         steps = SYNTHETIC_IMAGES // batch
-        return Dataset(config, names, counts, steps, SYNTHETIC, 0, notices=["synthetic data: nothing is learnt"])
+        lines = ["synthetic data: nothing is learnt", *plan_notices(config.data, config.augment)]
+        return Dataset(config, names, counts, steps, SYNTHETIC, 0, notices=lines)
     index = open_index(config, world)
     rows, held_out = index.rows("train", config.data.held_out), index.rows("val", config.data.held_out)
-    plan = Plan(config.run.seed, batch, rows, index.heights, index.widths, config.data, config.augment)
+    plan = Plan(
+        config.run.seed, batch, rows, index.heights, index.widths, config.data, config.augment, labels=index.labels
+    )
     counts = np.bincount(index.labels[rows], minlength=len(index.classes))
     notices = []
     if bad := index.bad():
@@ -107,8 +121,9 @@ def open_dataset(config: Config, world: World) -> Dataset:
             "evaluation is off: there is no val/ or test/ folder and nothing to hold out "
             f"(data.held_out={config.data.held_out:g}; classes with fewer than 2 images stay in training)"
         )
-    if (repeats := plan.steps_per_epoch * batch - len(rows)) > 0:
-        notices.append(f"data.last_batch=pad repeats {repeats} images in every epoch")
+    notices += [*index.notices, *plan.notices()]
+    who = {"fastrex": "fastrex", "dali": "DALI"}[cutter(config.data, world.device)]
+    notices.append(f"images: decoded by DALI, cut by {who}")
     return Dataset(
         config, index.classes, counts, plan.steps_per_epoch, index.fingerprint, len(held_out), index, plan, notices
     )

@@ -1,7 +1,8 @@
 """From a plan to batches on the device: files are read, decoded, cut and augmented in the background, in order.
 
-A batch depends on the plan alone, never on threads or on how far ahead they run: every loader can be iterated again
-and gives the same bits.
+On a CPU DALI decodes while a pool of threads cuts and augments what has been decoded; on a GPU the whole way from the
+decoder on happens there, on a stream of its own. A batch depends on the plan alone, never on threads or on how far
+ahead they run: every loader can be iterated again and gives the same bits.
 """
 
 from __future__ import annotations
@@ -9,10 +10,9 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -20,28 +20,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastrex_kernels.augment import OFF, augment
-
 from ..config import DataConfig
 from ..distributed import own_cores
-from ..errors import FastrexError
 from . import dali
 from .ahead import Ahead
+from .crops import CropMaker, cutter
 from .index import Index
 from .plan import BatchPlan, Plan
+from .reader import BadSample, BadSamples, Reader, Rows, read_image
 
 Item = TypeVar("Item")
 Device = torch.device | str
-Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Batch:
     """One rank's part of a micro-batch, on the device.
 
-    ``step`` is global (``plan.step`` counts within the epoch). ``crops``: per group [K*B, 3, S, S], channels-last,
-    crop-major (row k*B + b). ``target``: int64 [B]. ``samples``: int64 [B] index rows, on the host. ``last_micro``: the
-    step's last.
+    ``step`` is global (``plan.step`` counts within the epoch). ``crops``: per group [K*B, C, S, S] with C =
+    ``data.channels``, channels-last, crop-major (row k*B + b). ``target``: int64 [B]. ``samples``: int64 [B] index
+    rows, on the host. ``last_micro``: the step's last.
     """
 
     epoch: int
@@ -54,34 +52,21 @@ class Batch:
     last_micro: bool
 
 
-class Reader:
-    """Read the files of index rows with a few threads and check that they are still the indexed ones."""
+@dataclass(frozen=True)
+class _Wanted:
+    """What one request is to bring: ``asked`` as it was planned, ``settled`` without the rows that went bad (both a
+    :class:`BatchPlan` or rows), and the rows of the latter."""
 
-    def __init__(self, index: Index, threads: int) -> None:
-        self._index = index
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fastrex-read")
-
-    def start(self, rows: Rows) -> list[Future[dali.Bytes]]:
-        return [self._pool.submit(self._read, int(row)) for row in rows]
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def _read(self, row: int) -> dali.Bytes:
-        path, size = self._index.path(row), int(self._index.sizes[row])
-        way_out = dali.way_out(self._index.root)
-        try:
-            content = np.fromfile(path, dtype=np.uint8)
-        except OSError as error:
-            raise FastrexError(f"cannot read {str(path)!r} ({error.strerror or error}); {way_out}") from error
-        if len(content) != size:
-            fact = f"{str(path)!r} has {len(content)} bytes, but had {size} when it was indexed"
-            raise FastrexError(f"{fact}; {way_out}")
-        return content
+    asked: Any
+    settled: Any
+    rows: Rows
 
 
 class _Loader(ABC, Generic[Item]):
-    """What both loaders share: a background thread per iteration, the time waited for it, hand-over between streams."""
+    """What both loaders share: a background thread per iteration, the time waited for it, hand-over between streams.
+
+    ``news`` are lines for the log about files that went bad, in the order in which they were found.
+    """
 
     def __init__(self, index: Index, data: DataConfig, device: Device, dtype: torch.dtype, threads: int) -> None:
         self.index, self.data, self.dtype = index, data, dtype
@@ -90,7 +75,12 @@ class _Loader(ABC, Generic[Item]):
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.threads = threads or own_cores()
         self.wait_s = 0.0
+        self.bad = BadSamples(index, data.on_bad_sample, data.max_bad_samples)
         self._ahead: Ahead[tuple[Item, torch.cuda.Event | None]] | None = None
+
+    @property
+    def news(self) -> deque[str]:
+        return self.bad.news
 
     def __enter__(self) -> Any:
         return self
@@ -146,9 +136,6 @@ class _Loader(ABC, Generic[Item]):
     def _tensors(self, item: Item) -> tuple[Tensor, ...]:
         """What of an item lies on the device."""
 
-    def _augment(self, crops: Tensor, params: Tensor) -> Tensor:
-        return augment(crops, self._pinned(params), mean=self.data.mean, std=self.data.std, dtype=self.dtype)
-
     def _target(self, rows: Rows) -> Tensor:
         labels = torch.from_numpy(self.index.labels[rows].astype(np.int64))
         return self._pinned(labels).to(self.device, non_blocking=True)
@@ -156,34 +143,83 @@ class _Loader(ABC, Generic[Item]):
     def _pinned(self, values: Tensor) -> Tensor:
         return values.pin_memory() if self.device.type == "cuda" else values
 
-    def _requests(self, reader: Reader, wanted: Iterator[tuple[Rows, list[NDArray[Any]]]]) -> Iterator[dali.Request]:
+    def _decoder(self, batch_size: int) -> dali.Decoder:
+        largest = (0, 0)
+        if self.device.type == "cuda":
+            # Not the very largest: one giant would reserve memory that no other image needs.
+            largest = (int(np.quantile(self.index.heights, 0.99)), int(np.quantile(self.index.widths, 0.99)))
+        return dali.Decoder(batch_size, self.threads, self.device, self._amend, self.data.hw_decoder_load, largest)
+
+    def _requests(self, reader: Reader, planned: Iterator[Any]) -> Iterator[dali.Request]:
         """Requests whose files are read one batch ahead."""
-        reading: deque[tuple[Rows, list[NDArray[Any]], list[Future[dali.Bytes]]]] = deque()
+        reading: deque[tuple[_Wanted, list[Future[dali.Bytes]]]] = deque()
         more = True
         while more or reading:
             while more and len(reading) < 2:
-                if following := next(wanted, None):
-                    reading.append((*following, reader.start(following[0])))
+                if (asked := next(planned, None)) is not None:
+                    wanted = self._settle(asked)
+                    reading.append((wanted, reader.start(wanted.rows)))
                 else:
                     more = False
             if reading:
-                rows, arguments, futures = reading.popleft()
-                names: list[Path] = [self.index.path(int(row)) for row in rows]
-                yield dali.Request(names, [future.result() for future in futures], arguments)
+                wanted, futures = reading.popleft()
+                sources = dict(zip(wanted.rows.tolist(), futures, strict=True))
+                yield self._request(wanted, lambda row, sources=sources: sources[row].result())  # type: ignore[misc]
+
+    def _request(self, wanted: _Wanted, source: Callable[[int], dali.Bytes]) -> dali.Request:
+        """``wanted`` with its bytes from ``source``; rows that cannot be read are settled by policy, and the others
+        that take their places are read here."""
+        files: dict[int, dali.Bytes] = {}
+        while missing := [row for row in wanted.rows.tolist() if row not in files]:
+            for row in missing:
+                try:
+                    files[row] = source(row)
+                except BadSample as error:
+                    self.bad.add(row, error.reason)
+            wanted = self._settle(wanted.asked)
+            source = self._read
+        rows = wanted.rows
+        shapes = np.stack((self.index.heights[rows], self.index.widths[rows]), axis=1)
+        names = [self.index.name(int(row)) for row in rows]
+        return dali.Request(names, [files[row] for row in rows.tolist()], shapes, self._arguments(wanted), wanted)
+
+    def _read(self, row: int) -> dali.Bytes:
+        return read_image(self.index, row)
+
+    def _amend(self, request: dali.Request, bad: dict[int, str]) -> dali.Request:
+        """``request`` without the images that the decoder did not take."""
+        wanted: _Wanted = request.token
+        for place, reason in bad.items():
+            self.bad.add(int(wanted.rows[place]), reason)
+        good = {int(row): file for row, file in zip(wanted.rows, request.files, strict=True)}
+        return self._request(self._settle(wanted.asked), lambda row: good[row] if row in good else self._read(row))
+
+    @abstractmethod
+    def _settle(self, asked: Any) -> _Wanted:
+        """What of ``asked`` is wanted now that some rows are known to be bad."""
+
+    @abstractmethod
+    def _arguments(self, wanted: _Wanted) -> list[NDArray[Any]]:
+        """Boxes or shapes for DALI."""
 
 
 class TrainLoader(_Loader[Batch]):
     """The augmented micro-batches of one rank for the global steps ``start`` to ``stop`` (exclusive), in order.
 
+    A file that went bad since it was indexed stops the loader, or another image of its class takes its place
+    (``data.on_bad_sample``): always the same one for the same (seed, epoch, file), so no rank needs to know of it and a
+    resumed run does the same again.
+
     Args:
-        index: the images. plan: what each batch is made of. data: sizes, mean and std, prefetch, threads.
+        index: the images. plan: what each batch is made of. data: sizes, mean and std, prefetch, threads, policy.
         device: where the crops are cut and augmented and where they arrive. dtype: of the crops.
         start, stop: global steps; step s is step ``s % steps_per_epoch`` of epoch ``s // steps_per_epoch``.
         micros: micro-batches per step. rank, world: this process among all.
-        threads: of reader and decoder (0 = ``data.threads``, and if that is 0 this rank's share of the cores).
+        threads: of reader, decoder and augmentation each (0 = ``data.threads``, and if that is 0 this rank's share of
+            the cores).
 
     Raises (while iterating):
-        FastrexError: a file is gone, changed or cannot be decoded; it is named.
+        BadSample: a file is gone, changed or cannot be decoded; it is named.
     """
 
     def __init__(
@@ -207,50 +243,72 @@ class TrainLoader(_Loader[Batch]):
             raise ValueError(f"TrainLoader: plan.batch_size must be divisible by world x micros, {fact}")
         self.plan, self.start, self.stop = plan, start, stop
         self.micros, self.rank, self.world = micros, rank, world
+        self.cutter = cutter(data, self.device)
+
+    def _planned(self) -> Iterator[BatchPlan]:
+        for step in range(self.start, self.stop):
+            epoch, within = divmod(step, self.plan.steps_per_epoch)
+            for micro in range(self.micros):
+                yield self.plan.batch(epoch, within, rank=self.rank, world=self.world, micro=micro, micros=self.micros)
+
+    def _settle(self, asked: BatchPlan) -> _Wanted:
+        rows = self.bad.settle(asked.samples, lambda row, attempt: self.plan.substitute(row, asked.epoch, attempt))
+        settled = asked if rows is asked.samples else self.plan.redraw(asked, rows)
+        return _Wanted(asked, settled, rows)
+
+    def _arguments(self, wanted: _Wanted) -> list[NDArray[Any]]:
+        if self.cutter == "fastrex":
+            return []
+        return list(dali.crop_arguments([group.boxes for group in wanted.settled.groups]))
 
     def _items(self) -> Iterator[Batch]:
         reader = Reader(self.index, self.threads)
-        plans: deque[tuple[int, BatchPlan]] = deque()
-
-        def wanted() -> Iterator[tuple[Rows, list[NDArray[Any]]]]:
-            for step in range(self.start, self.stop):
-                epoch, within = divmod(step, self.plan.steps_per_epoch)
-                for micro in range(self.micros):
-                    part = self.plan.batch(
-                        epoch, within, rank=self.rank, world=self.world, micro=micro, micros=self.micros
-                    )
-                    plans.append((step, part))
-                    yield part.samples, list(dali.crop_arguments([group.boxes for group in part.groups]))
-
+        maker = CropMaker(self.data, self.device, self.dtype, self.threads)
+        decoder = self._decoder(self.plan.batch_size // (self.world * self.micros))
+        requests = self._requests(reader, self._planned())
         try:
-            cut = dali.crops(
-                self._requests(reader, wanted()),
-                [(group.crops, group.size) for group in self.plan.groups],
-                batch_size=self.plan.batch_size // (self.world * self.micros),
-                threads=self.threads,
-                device=self.device,
-                root=self.index.root,
-            )
-            for _, pieces in cut:
-                step, part = plans.popleft()
-                crops = tuple(
-                    self._augment(piece, torch.from_numpy(group.params.reshape(len(piece), -1)))
-                    for piece, group in zip(pieces, part.groups, strict=True)
-                )
+            if self.cutter == "fastrex":
+                made = dali.decoded(requests, decoder)
+            else:
+                made = dali.crops(requests, [g.size for g in self.plan.groups for _ in range(g.crops)], decoder)
+            for request, images in made:
+                part: BatchPlan = request.token.settled
+                crops, target = maker.crops(part, images), self._target(part.samples)
+                step = part.epoch * self.plan.steps_per_epoch + part.step
                 last = part.micro == self.micros - 1
-                target = self._target(part.samples)
                 yield Batch(part.epoch, step, part.micro, crops, target, part.samples, part, last)
         finally:
             reader.close()
+            maker.close()
 
     def _tensors(self, item: Batch) -> tuple[Tensor, ...]:
         return (*item.crops, item.target)
 
 
-class EvalLoader(_Loader[tuple[Tensor, Tensor, Rows]]):
-    """Centre crops of ``rows`` in order: images [b, 3, S, S] channels-last, target int64 [b], rows int64 [b].
+def one_batch(index: Index, plan: Plan, data: DataConfig, part: BatchPlan, device: Device = "cpu") -> Batch:
+    """The batch of ``part``, whatever images it names: what training would get of it, in float32.
 
-    The last batch may be short. Arguments and errors as for :class:`TrainLoader`.
+    Raises:
+        BadSample: as :class:`TrainLoader`.
+    """
+
+    class One(TrainLoader):
+        def _planned(self) -> Iterator[BatchPlan]:
+            yield part
+
+        def _decoder(self, batch_size: int) -> dali.Decoder:
+            return super()._decoder(len(part.samples))
+
+    with One(index, plan, data, device=device, dtype=torch.float32, start=0, stop=1) as loader:
+        batches: Iterator[Batch] = iter(loader)
+        return next(batches)
+
+
+class EvalLoader(_Loader[tuple[Tensor, Tensor, Rows]]):
+    """Centre crops of ``rows`` in order: images [b, C, S, S] channels-last, target int64 [b], rows int64 [b].
+
+    The last batch may be short, and with ``data.on_bad_sample=replace`` so may be one that held a bad file: it is left
+    out, nothing takes its place. Arguments and errors as for :class:`TrainLoader`.
     """
 
     def __init__(
@@ -270,28 +328,29 @@ class EvalLoader(_Loader[tuple[Tensor, Tensor, Rows]]):
         self.rows, self.batch_size = rows, batch_size
 
     def __len__(self) -> int:
-        """Number of batches."""
+        """Number of batches, were no file to go bad."""
         return -(-len(self.rows) // self.batch_size)
+
+    def _settle(self, asked: Rows) -> _Wanted:
+        kept = asked[~np.isin(asked, list(self.bad.rows))]
+        return _Wanted(asked, kept, kept)
+
+    def _arguments(self, wanted: _Wanted) -> list[NDArray[Any]]:
+        heights, widths = self.index.heights[wanted.rows], self.index.widths[wanted.rows]
+        return dali.centre_arguments(heights, widths, self.data.eval_resize, self.data.eval_size)
 
     def _items(self) -> Iterator[tuple[Tensor, Tensor, Rows]]:
         reader = Reader(self.index, self.threads)
-        parts = [self.rows[i : i + self.batch_size] for i in range(0, len(self.rows), self.batch_size)]
-        heights, widths = self.index.heights, self.index.widths
-        resize, size = self.data.eval_resize, self.data.eval_size
-        wanted = ((part, dali.centre_arguments(heights[part], widths[part], resize, size)) for part in parts)
+        parts = (self.rows[i : i + self.batch_size] for i in range(0, len(self.rows), self.batch_size))
+        maker = CropMaker(self.data, self.device, self.dtype, 1)
         try:
-            cut = dali.centre_crops(
-                self._requests(reader, wanted),
-                size,
-                batch_size=self.batch_size,
-                threads=self.threads,
-                device=self.device,
-                root=self.index.root,
-            )
-            for part, (_, images) in zip(parts, cut, strict=True):
-                yield self._augment(images, torch.tensor(OFF).repeat(len(images), 1)), self._target(part), part
+            cut = dali.centre_crops(self._requests(reader, parts), self.data.eval_size, self._decoder(self.batch_size))
+            for request, images in cut:
+                rows = request.token.rows
+                yield maker.centre(images), self._target(rows), rows
         finally:
             reader.close()
+            maker.close()
 
     def _tensors(self, item: tuple[Tensor, Tensor, Rows]) -> tuple[Tensor, ...]:
         return item[:2]
