@@ -27,7 +27,8 @@ def test_examples_of_the_kernels(number: int, tmp_path: Path) -> None:
         exec(compile(code, "kernels/README.md", "exec"), {})
         return
     script = tmp_path / "train.py"
-    script.write_text(code, encoding="utf-8")
+    # The interpreter's teardown may abort with gloo's threads (see fastrex.cli._leave): not the example's fault.
+    script.write_text(f"{code}\nimport os\n\nos._exit(0)\n", encoding="utf-8")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
     result = subprocess.run(launch, env=environment(), capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr

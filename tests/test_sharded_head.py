@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -212,6 +213,7 @@ def rank_main(rank: int, folder: Path, ranks: int) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(facts))
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # see fastrex.cli._leave
 
 
 def train_replicated(ranks: int, own: slice) -> tuple[nn.Module]:

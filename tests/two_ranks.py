@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -50,3 +51,4 @@ def main(out: Path, dtype: str, steps: int, settings: list[str], nudge: float) -
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[5:], float(sys.argv[4]))
+    os._exit(0)  # see fastrex.cli._leave
