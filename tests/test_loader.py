@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from fastrex.config import AugmentConfig, DataConfig
+from fastrex.data import dali
 from fastrex.data import plan as planner
 from fastrex.data.ahead import Ahead
 from fastrex.data.index import Index, build
@@ -287,3 +288,29 @@ def test_synthetic_batches_look_like_real_ones() -> None:
     again = next(iter(SyntheticLoader(DATA, AUGMENT, 10, 8, rank=1, **options)))
     assert torch.equal(large, again.crops[0])
     assert not torch.equal(large, other.crops[0])
+
+
+def test_an_image_that_a_batch_shows_twice_is_decoded_once(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repeated augmentation: the same crops as where every place decodes for itself (DALI's path), up to rounding."""
+    sent: list[int] = []
+    decoded = dali.decoded
+
+    def counted(requests: Iterator[dali.Request], decoder: dali.Decoder) -> Iterator[object]:
+        for request, images in decoded(requests, decoder):
+            sent.append(len(images))
+            yield request, images
+
+    monkeypatch.setattr(dali, "decoded", counted)
+    batches = {}
+    for cutter in ("fastrex", "dali"):
+        data = dataclasses.replace(DATA, repeats=2, resize=cutter)
+        with TrainLoader(
+            index, make_plan(index, data=data), data, device="cpu", dtype=torch.float32, start=0, stop=3
+        ) as loader:
+            batches[cutter] = list(loader)
+    assert sent == [2, 2, 2]
+    for ours, theirs in zip(batches["fastrex"], batches["dali"], strict=True):
+        assert np.array_equal(ours.samples, theirs.samples)
+        assert len(set(ours.samples)) == 2
+        for a, b in zip(ours.crops, theirs.crops, strict=True):
+            assert (a - b).abs().mean() < 0.03

@@ -55,11 +55,13 @@ class Batch:
 @dataclass(frozen=True)
 class _Wanted:
     """What one request is to bring: ``asked`` as it was planned, ``settled`` without the rows that went bad (both a
-    :class:`BatchPlan` or rows), and the rows of the latter."""
+    :class:`BatchPlan` or rows), ``rows`` whose images are decoded, and ``places``: which of these each place of the
+    batch shows."""
 
     asked: Any
     settled: Any
     rows: Rows
+    places: NDArray[np.intp]
 
 
 class _Loader(ABC, Generic[Item]):
@@ -254,7 +256,12 @@ class TrainLoader(_Loader[Batch]):
     def _settle(self, asked: BatchPlan) -> _Wanted:
         rows = self.bad.settle(asked.samples, lambda row, attempt: self.plan.substitute(row, asked.epoch, attempt))
         settled = asked if rows is asked.samples else self.plan.redraw(asked, rows)
-        return _Wanted(asked, settled, rows)
+        once, places = np.unique(rows, return_inverse=True)
+        # Repeated augmentation shows an image several times: it is decoded once, unless DALI cuts, which cuts each
+        # image it decodes into the same number of crops.
+        if len(once) < len(rows) and self.cutter == "fastrex":
+            return _Wanted(asked, settled, once, places)
+        return _Wanted(asked, settled, rows, np.arange(len(rows)))
 
     def _arguments(self, wanted: _Wanted) -> list[NDArray[Any]]:
         if self.cutter == "fastrex":
@@ -273,6 +280,8 @@ class TrainLoader(_Loader[Batch]):
                 made = dali.crops(requests, [g.size for g in self.plan.groups for _ in range(g.crops)], decoder)
             for request, images in made:
                 part: BatchPlan = request.token.settled
+                if self.cutter == "fastrex":
+                    images = [images[place] for place in request.token.places]
                 crops, target = maker.crops(part, images), self._target(part.samples)
                 step = part.epoch * self.plan.steps_per_epoch + part.step
                 last = part.micro == self.micros - 1
@@ -333,7 +342,7 @@ class EvalLoader(_Loader[tuple[Tensor, Tensor, Rows]]):
 
     def _settle(self, asked: Rows) -> _Wanted:
         kept = asked[~np.isin(asked, list(self.bad.rows))]
-        return _Wanted(asked, kept, kept)
+        return _Wanted(asked, kept, kept, np.arange(len(kept)))
 
     def _arguments(self, wanted: _Wanted) -> list[NDArray[Any]]:
         heights, widths = self.index.heights[wanted.rows], self.index.widths[wanted.rows]
