@@ -212,18 +212,21 @@ def test_a_list_and_a_tar_are_checked_like_a_folder(tmp_path: Path) -> None:
         assert len(index.open_or_build(root / source).rows("train", 0.0)) == 9
 
 
-def test_an_index_that_cannot_be_replaced_is_named(tmp_path: Path) -> None:
-    root = tree(tmp_path, sound())
+def test_training_takes_the_checked_index_also_where_an_older_one_cannot_be_replaced(tmp_path: Path) -> None:
+    root = tree(tmp_path, sound() | {"a/wrong.png": make.wrong_checksum_png()})
     index.save(index.build(root), root / ".fastrex" / "index.npz")
+    assert not index.open_or_build(root).bad()
     # A folder that nobody, root included, can write to is hard to make: the test pretends.
     code = (
         "import os, sys; os.access = lambda path, mode: not mode & os.W_OK\n"
-        "from fastrex.cli import cli; cli(['data', 'check', sys.argv[1]], standalone_mode=False)"
+        "from fastrex.cli import cli; sys.exit(cli(['data', 'check', sys.argv[1]], standalone_mode=False))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(root)], capture_output=True, text=True, timeout=60, env=environment()
     )
-    assert f"delete {root / '.fastrex' / 'index.npz'}" in done.stdout
+    assert done.returncode == 1
+    assert f"index: {index.cache_dir()}" in done.stdout
+    assert [name for name, _ in index.open_or_build(root).bad()] == ["a/wrong.png"]
 
 
 def test_a_class_that_loses_its_last_image(tmp_path: Path) -> None:
