@@ -11,12 +11,12 @@ import click
 
 from . import config as config_module
 from .cli_options import DATA, SETTINGS, Progress, located, split
-from .errors import UsageError
+from .errors import FastrexError, UsageError
 
 
 @click.group()
 def data() -> None:
-    """Index a folder of images, write the demo images, look at a batch."""
+    """Index images, check and shard them, look at a batch, write the demo's images."""
 
 
 @data.command("index")
@@ -101,8 +101,6 @@ def data_check(path: Path, empty_classes: str, threads: int, json_path: Path | N
     target = index_module.default_path(path)
     index_module.save(result.index, target)
     summary = {**result.summary(), "index": str(target)}
-    if json_path is not None:
-        checkpoint.write_json(json_path, summary)
     for image in result.bad:
         click.echo(f"left out: {image.name!r} ({image.reason})")
     speed = f"{result.decoded} decoded, {result.size / 1e6:.1f} MB, {summary['images_per_s']:.0f} images/s"
@@ -112,6 +110,11 @@ def data_check(path: Path, empty_classes: str, threads: int, json_path: Path | N
     click.echo(f"index: {target}")
     if result.bad:
         click.echo("training leaves the bad ones out; restore or remove them and run this again")
+    if json_path is not None:
+        try:
+            checkpoint.write_json(json_path, summary)
+        except OSError as error:
+            raise FastrexError(f"cannot write {str(json_path)!r} ({error.strerror}); name another --json") from None
     result.refuse(empty_classes)
     return int(bool(result.bad))
 
@@ -128,7 +131,7 @@ def data_demo(path: Path | None) -> None:
 @data.command("show")
 @SETTINGS
 @DATA
-@click.option("--epoch", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--epoch", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option("--step", type=click.IntRange(min=0), help="Step within the epoch (default: 0).")
 @click.option("--rows", type=click.IntRange(min=1), help="Images shown of the batch (default: 8).")
 @click.option("--sample", "names", multiple=True, metavar="NAME_OR_ROW", help="Show this image instead; repeatable.")

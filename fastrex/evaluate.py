@@ -111,17 +111,19 @@ def _extract(
         dtype=torch.float32,
         threads=config.data.threads or world.threads,
     )
-    for images, target, _ in loader:
-        with autocast():
-            out = encoder(images)
-            scores = predict(out) if predict is not None else None
-        if scores is not None:
-            hits += (scores.argmax(1) == target).sum()
-            scored += len(target)
-        features.append(out.float())
-        labels.append(target)
-    for line in loader.news:
-        note(line)
+    try:
+        for images, target, _ in loader:
+            with autocast():
+                out = encoder(images)
+                scores = predict(out) if predict is not None else None
+            if scores is not None:
+                hits += (scores.argmax(1) == target).sum()
+                scored += len(target)
+            features.append(out.float())
+            labels.append(target)
+    finally:
+        for line in loader.news:
+            note(line)
     if not features:
         size = int(encoder.num_features)  # type: ignore[arg-type]
         return torch.zeros(0, size, device=world.device), scored.new_zeros(0), hits, scored

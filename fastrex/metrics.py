@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +82,22 @@ class Log:
             return
         text = f"[rank {self.rank}] {text}"
         print(text, file=sys.stderr, flush=True)
-        # Opened for this line only: rank 0 appends to the same file.
-        with (self.run / "train.log").open("a", encoding="utf-8") as file:
+        # Opened for this line only: rank 0 appends to the same file. Elsewhere the folder may not exist.
+        with contextlib.suppress(OSError), (self.run / "train.log").open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n")
+
+    def news(self, lines: deque[str]) -> None:
+        """Take what a loader has to say out of ``lines``."""
+        while lines:
+            self.anyone(lines.popleft())
+
+    @contextlib.contextmanager
+    def telling(self, lines: deque[str]) -> Iterator[None]:
+        """What stands in ``lines`` at the end is told, also when an error ends it."""
+        try:
+            yield
+        finally:
+            self.news(lines)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl: ``step``, ``time`` (Unix seconds) and the named values."""

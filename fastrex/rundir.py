@@ -21,7 +21,7 @@ from .config import Config
 from .distributed import World
 from .errors import FastrexError
 
-CONFIG, STATUS, ENV, LOCK = "config.toml", "status.json", "env.json", ".lock"
+CONFIG, STATUS, ENV, LOCK, INDEX = "config.toml", "status.json", "env.json", ".lock", "index.npz"
 EXIT_CODES = {"completed": 0, "failed": 1, "diverged": 3, "preempted": 75}
 
 
@@ -75,16 +75,16 @@ class RunDir:
         self._lock: IO[str] | None = None
         self._opened = False
 
-    def open(self, config: Config, *, facts: Mapping[str, Any]) -> None:
+    def open(self, config: Config, *, facts: Mapping[str, Any]) -> list[str]:
         """Take the lock and write what the run is; the other ranks wait, before (they still look at the directory) and
-        after."""
+        after. Returns lines for the log: settings that a resumed run has changed."""
         distributed.barrier(self.world)
-        if self.world.main:
-            self._open(config, facts)
+        lines = self._open(config, facts) if self.world.main else []
         distributed.barrier(self.world)
         self._opened = True
+        return lines
 
-    def _open(self, config: Config, facts: Mapping[str, Any]) -> None:
+    def _open(self, config: Config, facts: Mapping[str, Any]) -> list[str]:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / LOCK).open("a", encoding="utf-8")
@@ -100,11 +100,14 @@ class RunDir:
                 f"train: --out {self.path} is being written by another process; stop it or choose another --out"
             ) from None
         # Also of a resumed run: some settings may have been changed.
+        stored = self.path / CONFIG
+        changes = config_module.diff(config_module.read(stored), config) if stored.is_file() else []
         temp = self.path / f".{CONFIG}"
         temp.write_text(config_module.to_toml(config), encoding="utf-8")
         temp.replace(self.path / CONFIG)
         checkpoint.write_json(self.path / ENV, {**environment(), **facts})
         self.status("running")
+        return [f"this run has changed {change}" for change in changes]
 
     def status(self, state: str, **facts: Any) -> None:
         """Replace status.json: ``state`` and what a program needs to know about it. Only the owner of the lock does."""

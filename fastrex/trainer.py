@@ -22,6 +22,7 @@ from . import checkpoint, distributed, export, memory, objectives, rundir, sched
 from . import resume as resume_module
 from .config import Config
 from .data.dataset import Dataset, open_dataset
+from .data.index import save as save_index
 from .data.loader import Batch
 from .distributed import World
 from .errors import DivergedError, FastrexError
@@ -78,7 +79,7 @@ def train(
                 raise FastrexError("train: --init-from must start a new run; it cannot be combined with --resume must")
             init_from = None  # A restarted job repeats its command; the run has started from there already.
         # Whatever can be wrong with the input is found before the run directory is touched.
-        data = open_dataset(config, world)
+        data = open_dataset(config, world, path / rundir.INDEX if resuming else None)
         pooled = world.device.type == "cpu" and memory.pool()
         trainer = Trainer(config, len(data.classes), world)
         notices = [resume_module.init_from(trainer, init_from)] if init_from is not None else []
@@ -90,8 +91,10 @@ def train(
         facts = {"world_size": world.size, "device": str(world.device), "classes": len(data.classes)}
         with contextlib.ExitStack() as closing:
             closing.callback(run.close)
-            run.open(config, facts=facts)
+            notices += run.open(config, facts=facts)
             try:
+                if world.main and data.index is not None and not resuming:
+                    save_index(data.index, path / rundir.INDEX)
                 return _train(trainer, data, run, resuming, max_steps, notices, closing)
             except DivergedError as error:
                 run.status("diverged", error=str(error))
@@ -146,12 +149,11 @@ def _loop(
     if start and look_at(config, data, start) and not distributed.from_main(int(log.evaluated(start)), world):
         # The run was killed between the checkpoint and its evaluation.
         results, evaluated = _evaluate(trainer, data, log, start), start
-    with stop_signals() as asked, data.batches(start, stop, world) as loader:
+    with stop_signals() as asked, data.batches(start, stop, world) as loader, log.telling(loader.news):
         micros: list[Batch] = []
         mark = Mark(start)
         for batch in loader:
-            while loader.news:
-                log.anyone(loader.news.popleft())
+            log.news(loader.news)
             micros.append(batch)
             if not batch.last_micro:
                 continue

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +25,7 @@ from PIL import Image
 
 from fastrex import rundir
 from fastrex.config import AugmentConfig, DataConfig
+from fastrex.data import reader, sharding
 from fastrex.data.index import Index, build
 from fastrex.data.loader import Batch, EvalLoader, TrainLoader
 from fastrex.data.plan import Plan
@@ -160,6 +165,76 @@ def test_the_budget_ends_the_run_by_name_and_stop_at_the_first(folder: Path) -> 
     assert any(repr(str(index.path(row))) in str(caught.value) for row in range(4))
     with pytest.raises(BadSample, match=r"cannot be read .No such file or directory.; .*on_bad_sample=replace"):
         load(index, dataclasses.replace(DATA, on_bad_sample="stop"))
+
+
+def test_what_has_gone_bad_leaves_no_file_open(folder: Path) -> None:
+    index = build(folder)
+    load(index, stop=8)  # the decoder opens some of its own once
+    before = len(os.listdir("/proc/self/fd"))
+    for row in range(16, 32):
+        turn_into_folder(index.path(row))
+    budget = dataclasses.replace(DATA, max_bad_samples=16)
+    for _ in range(2):
+        load(index, budget, stop=8)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_machine_out_of_file_handles_is_no_bad_sample(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = build(folder)
+
+    def full(*_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(reader.os, "open", full)
+    with pytest.raises(FastrexError, match=r"cannot be read .Too many open files.; raise the limit") as caught:
+        reader.read_bytes(index, 0)
+    assert not isinstance(caught.value, BadSample)
+
+
+def test_many_threads_keep_few_shards_open(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "OPEN_SHARDS", 3)
+    sharding.shard(folder, tmp_path / "shards", max_bytes=20_000)
+    index = build(tmp_path / "shards")
+    assert len(index.shards) > 4
+    before = len(os.listdir("/proc/self/fd"))
+
+    def read_all() -> list[np.ndarray]:
+        handles = reader.Shards()
+        with ThreadPoolExecutor(8) as pool:
+            contents = list(pool.map(lambda row: reader.read_bytes(index, row, handles), range(len(index))))
+        assert len(os.listdir("/proc/self/fd")) - before == 3
+        return contents
+
+    contents = read_all()
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert all(np.array_equal(content, reader.read_bytes(index, row)) for row, content in enumerate(contents))
+
+
+def test_an_extremely_thin_image_is_evaluated_in_little_memory(tmp_path: Path) -> None:
+    """Resizing the whole of it to the evaluation's size would take 13 GB."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.effect_noise((65_500, 1), 90).convert("RGB").save(tmp_path / name / "thin.png")
+        Image.effect_noise((90, 70), 90).convert("RGB").save(tmp_path / name / "usual.png")
+    index = build(tmp_path)
+    usual = dataclasses.replace(DATA, eval_resize=256, eval_size=224)
+    loader = EvalLoader(index, np.arange(4), usual, batch_size=4, device="cpu", dtype=torch.float32)
+    with limited_memory(4 << 30):
+        ((images, _, _),) = loader
+    assert images.shape == (4, 3, 224, 224)
+    assert images.isfinite().all()
+
+
+@contextlib.contextmanager
+def limited_memory(more: int) -> Iterator[None]:
+    """At most ``more`` bytes of address space beyond those of now."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + more, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def test_every_bad_file_is_news_once(folder: Path) -> None:

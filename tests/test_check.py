@@ -264,4 +264,5 @@ def test_a_thousand_ruined_jpegs(tmp_path: Path) -> None:
     assert result["bad"]["DECODE"] > 200  # found by decoding only
     assert result["finite"]
     assert result["sound_refused"] == []
-    assert result["peak_mb"] < 1500
+    # Mutated headers claim up to the pixel limit, and a few batches of decoded images are alive at a time.
+    assert result["peak_mb"] < 4000

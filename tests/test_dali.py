@@ -127,7 +127,9 @@ def test_images_smaller_than_the_centre_crop_are_padded_with_zeros() -> None:
     data = io.BytesIO()
     Image.new("RGB", (31, 20), (255, 255, 255)).save(data, "png")
     arguments = dali.centre_arguments(np.array([20]), np.array([31]), 10, 14)
-    assert [argument.tolist() for argument in arguments] == [[[10, 15]], [[-2, 0]]]
+    start, end, extent, place = (argument[0].tolist() for argument in arguments)
+    assert (start, extent, place) == ([0, 0], [10, 14], [-2, 0])
+    assert end == pytest.approx([20, 14 * 31 / 15])
     one = dali.Request(["white"], [np.frombuffer(data.getvalue(), np.uint8)], np.array([[20, 31]]), arguments)
     _, image = next(dali.centre_crops(iter([one]), 14, decoder(1)))
     assert image[0, 2:12].eq(255).all()
@@ -143,8 +145,9 @@ def test_corner_of_the_centre_crop_is_torchvisions() -> None:
     for side in range(1, 24):
         ramp = torch.arange(1, side + 1).view(1, 1, side).expand(1, side, side)
         cut = functional.center_crop(ramp, [11, 11])[0, 5]
-        _, corner = dali.centre_arguments(np.array([side]), np.array([side]), side, 11)
-        wanted = [left + 1 if 0 <= left < side else 0 for left in range(corner[0, 1], corner[0, 1] + 11)]
+        start, _, _, place = dali.centre_arguments(np.array([side]), np.array([side]), side, 11)
+        left = int(start[0, 1] + place[0, 1])
+        wanted = [at + 1 if 0 <= at < side else 0 for at in range(left, left + 11)]
         assert cut.tolist() == wanted
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -310,10 +311,36 @@ def test_a_file_that_goes_bad_during_the_run_is_named_and_nothing_is_lost(tmp_pa
     assert trainer.train(None, out=out, resume="must", device="cpu").state == "completed"
 
 
-def test_changed_images_are_not_resumed_silently(tmp_path: Path) -> None:
+def test_a_resumed_run_holds_to_its_images(tmp_path: Path) -> None:
+    """One that is gone stops it by name, or is replaced as it would have been in the run; new ones change nothing."""
     data, out = tmp_path / "data", tmp_path / "run"
     write_stripes(data / "train", 16, seed=0)
     trainer.train(configuration(data), out=out, max_steps=2, device="cpu")
+    (data / "train" / "class-1" / "00.jpg").unlink()
+    (data / "train" / "class-3" / "new.jpg").write_bytes((data / "train" / "class-3" / "00.jpg").read_bytes())
+    with pytest.raises(FastrexError, match=r"class-1/00\.jpg' cannot be read .No such file or directory.; resume"):
+        trainer.train(None, out=out, resume="must", device="cpu")
+    go_on = configuration(data, "data.on_bad_sample=replace")
+    assert trainer.train(go_on, out=out, resume="must", device="cpu").state == "completed"
+    log = (out / "train.log").read_text(encoding="utf-8")
+    assert 'this run has changed data.on_bad_sample: "stop" -> "replace"' in log
+    assert "bad file 'train/class-1/00.jpg' cannot be read" in log
+    # The same as a run that was never stopped, in which the file was gone from the first step on.
+    straight = tmp_path / "straight"
+    shutil.copytree(out / "checkpoints", straight / "checkpoints")
+    for name in ("config.toml", "index.npz"):
+        shutil.copy(out / name, straight / name)
+    for step in checkpoint.steps(straight)[1:]:
+        shutil.rmtree(checkpoint.folder(straight, step))
+    trainer.train(None, out=straight, resume="must", device="cpu")
+    assert final_hash(straight) == final_hash(out)
+
+
+def test_other_images_than_those_of_the_run_are_refused(tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "run"
+    write_stripes(data / "train", 16, seed=0)
+    trainer.train(configuration(data), out=out, max_steps=2, device="cpu")
+    (out / "index.npz").unlink()  # as in a run of an earlier version
     (data / "train" / "class-1" / "00.jpg").unlink()
     with pytest.raises(FastrexError, match="images must be those of the run"):
         trainer.train(None, out=out, resume="must", device="cpu")

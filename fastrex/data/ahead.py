@@ -56,10 +56,12 @@ class Ahead(Generic[Item]):
         atexit.unregister(self.close)
 
     def _work(self) -> None:
-        compute_alone()
         try:
+            compute_alone()
             for item in self._items:
                 with self._change:
+                    if self._stop:
+                        break
                     self._ready.append(item)
                     self._change.notify_all()
                     self._change.wait_for(lambda: self._stop or len(self._ready) < self._depth)

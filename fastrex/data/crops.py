@@ -73,9 +73,11 @@ class CropMaker:
             results.append(out)
             done += count
         if self.device.type == "cuda":
-            for task, before in tasks:
-                self._make(task, images, before)
-            self._hold(images)
+            try:
+                for task, before in tasks:
+                    self._make(task, images, before)
+            finally:
+                self._hold(images)
         else:
             for future in [self._pool.submit(self._make, task, images, before) for task, before in tasks]:
                 future.result()
@@ -90,6 +92,9 @@ class CropMaker:
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        for event, _ in self._held:
+            event.synchronize()
+        self._held.clear()
 
     def _tasks(self, group: GroupPlan, params: Tensor, out: Tensor) -> Iterator[_Task]:
         """A GPU takes as much as it can in one launch: a whole group, or what DALI has cut, one crop of all images."""

@@ -71,7 +71,8 @@ def crop_arguments(boxes: Sequence[NDArray[np.int32]]) -> list[NDArray[np.int32]
 
 
 def centre_arguments(heights: NDArray[Any], widths: NDArray[Any], resize: int, size: int) -> list[NDArray[Any]]:
-    """For :func:`centre_crops`: resized shape and corner of the crop in it, [B, 2] each, from the images' shapes [B].
+    """For :func:`centre_crops`, [B, 2] each, from the images' shapes [B]: corners of the part of the image that is
+    needed, its size in the result, and its place there.
 
     As torchvision's Resize and CenterCrop: the short side becomes ``resize``, the long one
     ``int(resize * long / short)``; the corner is ``round(spare / 2)``. Where the image is smaller than the crop, zeros
@@ -81,7 +82,12 @@ def centre_arguments(heights: NDArray[Any], widths: NDArray[Any], resize: int, s
     resized = resize * shape // shape.min(axis=1, keepdims=True)
     spare = resized - size
     corner = np.where(spare < 0, -(-spare // 2), np.rint(spare / 2))
-    return [resized.astype(np.float32), corner.astype(np.int32)]
+    # Only that part is resized: of an image of 65,500 x 1 the whole would be 256 x 16,768,000.
+    scale = shape / resized
+    first, extent = np.maximum(corner, 0), np.minimum(resized, size)
+    place = np.minimum(corner, 0)
+    start, end = first * scale, (first + extent) * scale
+    return [*(a.astype(np.float32) for a in (start, end, extent)), place.astype(np.int32)]
 
 
 def decoded(requests: Iterator[Request], decoder: Decoder) -> Iterator[tuple[Request, list[Tensor]]]:
@@ -123,10 +129,12 @@ def centre_crops(requests: Iterator[Request], size: int, decoder: Decoder) -> It
     """Decode, resize with an antialiased linear filter, cut the centre: uint8 [B, size, size, 3]; as :func:`crops`."""
 
     def graph(fn: Any, types: Any, images: Any, arguments: Sequence[Any]) -> list[Any]:
-        resized = fn.resize(images, size=arguments[0], interp_type=types.INTERP_LINEAR, antialias=True)
-        return [fn.slice(resized, start=arguments[1], shape=[size, size], axes=[0, 1], out_of_bounds_policy="pad")]
+        start, end, extent, place = arguments
+        how = {"interp_type": types.INTERP_LINEAR, "antialias": True}
+        part = fn.resize(images, roi_start=start, roi_end=end, size=extent, **how)
+        return [fn.slice(part, start=place, shape=[size, size], axes=[0, 1], out_of_bounds_policy="pad")]
 
-    for request, outputs in _run(requests, graph, [np.float32, np.int32], decoder):
+    for request, outputs in _run(requests, graph, [np.float32] * 3 + [np.int32], decoder):
         if outputs:
             yield request, from_dlpack(outputs[0].as_tensor())
 
@@ -181,9 +189,13 @@ def _run(
         except RuntimeError as error:
             if isinstance(error, FastrexError):
                 raise
-            bad = [_unusable(request) for request in inside]
+            bad = [_unusable(request, torch.device("cpu")) for request in inside]
+            if not any(bad) and decoder.device.type == "cuda":
+                bad = [_unusable(request, decoder.device) for request in inside]
             if not any(bad):
-                raise RuntimeError(f"DALI failed, though each image decodes by itself: {error}") from error
+                names = ", ".join(repr(name) for request in inside for name in request.names[:3])
+                fact = f"DALI failed, though each image of the batches with {names}, ... decodes by itself"
+                raise RuntimeError(f"{fact}: {error}") from error
         else:
             while not inside[0].files:
                 yield inside.popleft(), []
@@ -197,7 +209,7 @@ def _run(
             decoder.amend(request, reasons) if reasons else request
             for request, reasons in zip(inside, bad, strict=True)
         ]
-        waiting = itertools.chain(again, requests)
+        waiting = itertools.chain(again, waiting)
         inside.clear()
 
 
@@ -218,13 +230,13 @@ def _other_shape(request: Request, shapes: NDArray[Any]) -> dict[int, str]:
     }
 
 
-def _unusable(request: Request) -> dict[int, str]:
+def _unusable(request: Request, device: torch.device) -> dict[int, str]:
     """Which images of a batch that failed are to blame: DALI does not say, so each one is decoded by itself."""
     bad = {}
     rest = deque(enumerate(request.files))
     while rest:
         pending = iter([([file],) for _, file in rest])
-        alone = Decoder(1, 1, torch.device("cpu"), lambda request, bad: request)
+        alone = Decoder(1, 1, device, lambda request, bad: request)
         pipeline = _pipeline(pending, lambda fn, types, images, _: [images.shape(dtype=types.INT32)], (), alone, 1)
         while rest:
             place, _ = rest.popleft()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections import deque
@@ -19,10 +20,11 @@ from ..distributed import World, main_first
 from ..errors import FastrexError, UsageError
 from .crops import cutter
 from .demo import write_digits
-from .index import Index, open_or_build
+from .index import Index, load, open_or_build
 from .loader import Batch, TrainLoader
 from .plan import Plan
 from .plan import notices as plan_notices
+from .sources import find_source
 from .synthetic import SyntheticLoader
 
 SYNTHETIC = "synthetic"
@@ -82,8 +84,9 @@ class Dataset:
         return TrainLoader(self.index, self.plan, config.data, **share, threads=threads)
 
 
-def open_dataset(config: Config, world: World) -> Dataset:
-    """Find the images that ``data.path`` names, with an index that is built on first use.
+def open_dataset(config: Config, world: World, stored: Path | None = None) -> Dataset:
+    """Find the images that ``data.path`` names, with an index that is built on first use, or with the ``stored`` one if
+    that is a file.
 
     Raises:
         FastrexError: no path, an unusable folder, or a batch that the ranks or the images cannot fill.
@@ -105,7 +108,7 @@ def open_dataset(config: Config, world: World) -> Dataset:
         steps = SYNTHETIC_IMAGES // batch
         lines = ["synthetic data: nothing is learnt", *plan_notices(config.data, config.augment)]
         return Dataset(config, names, counts, steps, SYNTHETIC, 0, notices=lines)
-    index = open_index(config, world)
+    index = open_index(config, world, stored)
     rows, held_out = index.rows("train", config.data.held_out), index.rows("val", config.data.held_out)
     plan = Plan(
         config.run.seed, batch, rows, index.heights, index.widths, config.data, config.augment, labels=index.labels
@@ -129,12 +132,18 @@ def open_dataset(config: Config, world: World) -> Dataset:
     )
 
 
-def open_index(config: Config, world: World) -> Index:
-    """The index of ``data.path``; rank 0 builds it where there is none, the others read what it wrote."""
+def open_index(config: Config, world: World, stored: Path | None = None) -> Index:
+    """The index of ``data.path``; rank 0 builds it where there is none, the others read what it wrote.
+
+    A ``stored`` one is that of a run that is resumed. It holds whatever has become of the images since: those that are
+    gone are for ``data.on_bad_sample`` to deal with, as if they had gone while the run was going on.
+    """
     if not config.data.path and config.recipe != "demo":
         raise UsageError(f"config: data.path must name the images of recipe {config.recipe!r}; pass --data FOLDER")
     with main_first(world):
         folder = Path(config.data.path) if config.data.path else write_digits()
+        if stored is not None and stored.is_file():
+            return dataclasses.replace(load(stored), root=find_source(folder).root)
         return open_or_build(folder, empty_classes=config.data.empty_classes, progress=_Progress(folder))
 
 

@@ -34,6 +34,7 @@ SOLARIZE_OFF = 256
 ORDERS = tuple(itertools.permutations(range(4)))
 
 TRIES = 10  # as torchvision
+KEPT_ORDERS = 256  # of a class, for the replacement of bad images
 SWITCH_BLOCK, FACTOR_BLOCK, FILTER_BLOCK = TRIES, TRIES + 1, TRIES + 2
 PERMUTATION_PURPOSE, CROP_PURPOSE, BLOCK_PURPOSE, SUBSTITUTE_PURPOSE, STRANGER_PURPOSE = range(5)
 VIEW_SHIFT = 4  # purposes below, the view's number above
@@ -163,6 +164,7 @@ class Plan:
             fact = f"optim.batch_size={batch_size} is more than the {len(samples)} training images"
             raise FastrexError(f"{fact}; set a smaller optim.batch_size, or data.last_batch=pad to repeat images")
         self._draws = self.steps_per_epoch * batch_size // data.repeats  # of an epoch
+        self._orders: dict[tuple[int, int], tuple[NDArray[np.int64], int]] = {}
         self._latest: tuple[int, NDArray[np.int64], NDArray[np.int64] | None] | None = None
 
     def notices(self) -> list[str]:
@@ -221,23 +223,34 @@ class Plan:
         """
         if attempt < 0:
             raise ValueError(f"Plan.substitute: attempt must be at least 0, got {attempt}")
-        rows, starts, sizes = self._classes
-        places = np.flatnonzero(rows == row)
-        if not len(places):
-            raise ValueError(f"Plan.substitute: row must be one that is trained on, got {row}")
-        place = int(places[0])
-        own = int(np.searchsorted(starts, place, side="right")) - 1
-        start, size = int(starts[own]), int(sizes[own])
+        rows = self._classes[0]
+        others, start = self._others(row, epoch)
+        size = len(others) + 1
         strangers = len(rows) - size
         if attempt < size - 1 or (size > 1 and not strangers):
-            others = np.delete(rows[start : start + size], place - start)
-            order = np.argsort(random_keys(self.seed, others, row, epoch, SUBSTITUTE_PURPOSE), kind="stable")
-            return int(others[order[attempt % len(others)]])
+            return int(others[attempt % len(others)])
         if not strangers:
             return row
         key = int(random_keys(self.seed, np.array([row]), attempt, epoch, STRANGER_PURPOSE)[0])
         chosen = key * strangers >> 64
         return int(rows[chosen if chosen < start else chosen + size])
+
+    def _others(self, row: int, epoch: int) -> tuple[NDArray[np.int64], int]:
+        """The other rows of a row's class in random order, and where the class begins; kept for the next attempts."""
+        if (row, epoch) not in self._orders:
+            rows, starts, sizes = self._classes
+            places = np.flatnonzero(rows == row)
+            if not len(places):
+                raise ValueError(f"Plan.substitute: row must be one that is trained on, got {row}")
+            place = int(places[0])
+            own = int(np.searchsorted(starts, place, side="right")) - 1
+            start, size = int(starts[own]), int(sizes[own])
+            others = np.delete(rows[start : start + size], place - start)
+            keys = random_keys(self.seed, others, row, epoch, SUBSTITUTE_PURPOSE)
+            if len(self._orders) >= KEPT_ORDERS:
+                self._orders.pop(next(iter(self._orders)))
+            self._orders[row, epoch] = others[np.argsort(keys, kind="stable")], start
+        return self._orders[row, epoch]
 
     def redraw(self, part: BatchPlan, samples: NDArray[np.int64]) -> BatchPlan:
         """``part`` with ``samples`` int64 [B] in place of its own; where they are the same, no bit changes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import threading
@@ -20,111 +21,124 @@ from .index import Index
 Bytes = NDArray[np.uint8]
 Rows = NDArray[np.int64]
 
-OPEN_SHARDS = 16  # files that each reading thread keeps open
+OPEN_SHARDS = 64  # files that a reader keeps open
 TRIES = 1000  # other images that may be bad too before a bad one is given up
+# What says nothing about the file: the machine has run out of something.
+MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+# Not blocking: where a pipe has taken the file's place, opening it would wait for ever.
+FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 class BadSample(FastrexError):
     """An image that was good when it was indexed and is not any more."""
 
-    def __init__(self, name: str, reason: str, root: Path) -> None:
+    def __init__(self, name: str, reason: str, root: Path, way_out: str = "") -> None:
         self.name, self.reason = name, reason
-        super().__init__(f"{os.path.join(root, name)!r} {reason}; {way_out(root)}")
+        check = f"run `fastrex data check {shlex.quote(str(root))}` and start a new run with --init-from"
+        way_out = way_out or "resume this run after restoring it, or with data.on_bad_sample=replace"
+        super().__init__(f"{os.path.join(root, name)!r} {reason}; {way_out}; or {check}")
 
 
-def way_out(root: Path) -> str:
-    """What a user can do about a file that went bad after it was indexed."""
-    return (
-        "resume this run after restoring it, or with data.on_bad_sample=replace; or run `fastrex data check "
-        f"{shlex.quote(str(root))}` and start a new run with --init-from"
-    )
-
-
-def read_bytes(index: Index, row: int) -> Bytes:
-    """The encoded image of ``row``, uint8.
+def read_bytes(index: Index, row: int, shards: Shards | None = None) -> Bytes:
+    """The encoded image of ``row``, uint8; a shard is taken from ``shards`` where they are given.
 
     Read, never mapped: a file that shrinks under a mapping kills the process.
 
     Raises:
         BadSample: it cannot be read, or has another length than when it was indexed.
+        FastrexError: this process may not open or hold any more.
     """
-    path, start, length = index.locate(row)
+    path, first, length = index.locate(row)
+    # A shard's first member stands behind its header: what begins at 0 is a file of its own.
+    whole = not first
     try:
-        if start:
-            content = _read_part(path, start, length)
-            size = len(content)
-        else:
-            # Not blocking: where a pipe has taken the file's place, opening it would wait for ever.
-            with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb", buffering=0) as file:
-                size = os.fstat(file.fileno()).st_size
-                # A shard's first member starts behind its header, so a start of 0 is a file of its own.
-                content = np.fromfile(file, np.uint8, length) if size == length else np.empty(0, np.uint8)
+        file = shards.file(path) if shards is not None and not whole else _File(path)
+        try:
+            size = os.fstat(file.handle).st_size if whole else length
+            content = file.read(first, length) if size == length else np.empty(0, np.uint8)
+        finally:
+            if whole:  # now, not with the traceback of an error that somebody keeps
+                file.close()
     except OSError as error:
-        raise BadSample(index.name(row), f"cannot be read ({error.strerror or error})", index.root) from error
-    if size != length or len(content) != length:
-        fact = f"has {size} bytes, but had {length} when it was indexed"
+        reason = f"cannot be read ({error.strerror or error})"
+        if error.errno in MACHINE:
+            way_out = "raise the limit on open files (ulimit -n) or lower data.threads"
+            raise FastrexError(f"{os.path.join(index.root, index.name(row))!r} {reason}; {way_out}") from error
+        raise BadSample(index.name(row), reason, index.root) from error
+    if len(content) != length:
+        fact = f"has {size if whole else len(content)} bytes, but had {length} when it was indexed"
         raise BadSample(index.name(row), fact, index.root)
     return content
 
 
-def read_image(index: Index, row: int) -> Bytes:
+def read_image(index: Index, row: int, shards: Shards | None = None) -> Bytes:
     """:func:`read_bytes` of an image whose header the decoder takes: a batch with one that it does not may kill it.
 
     Raises:
         BadSample: as :func:`read_bytes`, or the decoder's parser refuses it.
     """
-    content = read_bytes(index, row)
+    content = read_bytes(index, row, shards)
     if reason := codec.refusal(content, whole=True):
         raise BadSample(index.name(row), reason, index.root)
     return content
 
 
-class _Shard:
-    """An open file that is closed with its last reference: when it is crowded out, or its thread ends."""
+class _File:
+    """An open file, closed at the latest with its last reference."""
 
     def __init__(self, path: str) -> None:
-        self.handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        self.handle = -1
+        self.handle = os.open(path, FLAGS)
 
     def __del__(self) -> None:
-        if hasattr(self, "handle"):
+        self.close()
+
+    def close(self) -> None:
+        if self.handle >= 0:
             os.close(self.handle)
+            self.handle = -1
+
+    def read(self, first: int, length: int) -> Bytes:
+        """``length`` bytes from ``first`` on, or as many as there are."""
+        content = np.empty(length, np.uint8)
+        view, done = content.data, 0
+        while done < length and (count := os.preadv(self.handle, [view[done:]], first + done)):
+            done += count
+        return content[:done]
 
 
-class _Open(threading.local):
+class Shards:
+    """Shards that stay open, the last used ones, for all threads: opening costs a round trip on a network file system.
+
+    They belong to one reader, so that a shard written anew is not read through the old one's handle for ever.
+    """
+
     def __init__(self) -> None:
-        self.shards: OrderedDict[str, _Shard] = OrderedDict()
+        self._lock = threading.Lock()
+        self._files: OrderedDict[str, _File] = OrderedDict()
 
-
-_open = _Open()
-
-
-def _read_part(path: str, start: int, length: int) -> Bytes:
-    """Part of a large file that is kept open: opening costs a round trip on a network file system."""
-    shards = _open.shards
-    if path not in shards:
-        shards[path] = _Shard(path)
-        if len(shards) > OPEN_SHARDS:
-            shards.popitem(last=False)
-    shards.move_to_end(path)
-    content = np.empty(length, np.uint8)
-    view, done = content.data, 0
-    while done < length and (count := os.preadv(shards[path].handle, [view[done:]], start + done)):
-        done += count
-    return content[:done]
+    def file(self, path: str) -> _File:
+        with self._lock:
+            if path not in self._files:
+                self._files[path] = _File(path)
+                if len(self._files) > OPEN_SHARDS:
+                    self._files.popitem(last=False)
+            self._files.move_to_end(path)
+            return self._files[path]
 
 
 class Reader:
     """Read the images of index rows with a few threads, by ``read`` (see :func:`read_image`)."""
 
-    def __init__(self, index: Index, threads: int, read: Callable[[Index, int], Bytes] = read_image) -> None:
-        self._index, self._read = index, read
+    def __init__(self, index: Index, threads: int, read: Callable[[Index, int, Shards], Bytes] = read_image) -> None:
+        self._index, self._read, self._shards = index, read, Shards()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fastrex-read")
 
     def start(self, rows: Rows) -> list[Future[Bytes]]:
-        return [self._pool.submit(self._read, self._index, int(row)) for row in rows]
+        return [self._pool.submit(self._read, self._index, int(row), self._shards) for row in rows]
 
     def close(self) -> None:
-        """Wait for the threads; with them go the files that they kept open."""
+        """Wait for the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -152,7 +166,7 @@ class BadSamples:
         self.news.append(f"bad file {name!r} {reason}: not used any more ({len(self.rows)} of {self._budget} allowed)")
         if len(self.rows) > self._budget:
             more = f"{reason}, and data.max_bad_samples={self._budget} others were bad before it"
-            raise BadSample(name, more, self._index.root)
+            raise BadSample(name, more, self._index.root, "resume this run with a larger data.max_bad_samples")
 
     def settle(self, rows: Rows, substitute: Callable[[int, int], int]) -> Rows:
         """``rows`` with ``substitute(row, attempt)`` for the bad ones; always the same for the same bad rows."""
@@ -164,8 +178,7 @@ class BadSamples:
             tried = (substitute(row, attempt) for attempt in range(TRIES))
             other = next((candidate for candidate in tried if candidate not in self.rows), None)
             if other is None:
-                raise BadSample(
-                    self._index.name(row), "is bad, and so is every image tried in its place", self._index.root
-                )
+                fact = f"is bad, and so are {TRIES} images tried in its place"
+                raise BadSample(self._index.name(row), fact, self._index.root, "resume this run after restoring them")
             settled[place] = other
         return settled

@@ -101,6 +101,8 @@ def _walk(file: IO[bytes], end: int, name: str, wanted: Callable[[bytes, int], b
             if size < 0:
                 raise _Damaged
             member_name = _name(head) if long_name is None else long_name
+            if b"\0" in member_name:
+                raise FastrexError(f"{name}: the name {os.fsdecode(member_name)!r} holds a NUL; write this shard again")
             long_name = long_size = None
             place = data if kind in WITHOUT_DATA else data + _padded(size)
             if kind in LINKS:
