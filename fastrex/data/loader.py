@@ -10,9 +10,10 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -166,35 +167,33 @@ class _Loader(ABC, Generic[Item]):
             if reading:
                 wanted, futures = reading.popleft()
                 sources = dict(zip(wanted.rows.tolist(), futures, strict=True))
-                yield self._request(wanted, lambda row, sources=sources: sources[row].result())  # type: ignore[misc]
+                yield self._request(wanted.asked, {row: future.result for row, future in sources.items()})
 
-    def _request(self, wanted: _Wanted, source: Callable[[int], dali.Bytes]) -> dali.Request:
-        """``wanted`` with its bytes from ``source``; rows that cannot be read are settled by policy, and the others
+    def _request(self, asked: Any, sources: Mapping[int, Callable[[], dali.Bytes]]) -> dali.Request:
+        """``asked`` with its bytes from ``sources``; rows that cannot be read are settled by policy, and the others
         that take their places are read here."""
         files: dict[int, dali.Bytes] = {}
+        # Settled anew: an earlier batch may have shown by now that a row is bad.
+        wanted = self._settle(asked)
         while missing := [row for row in wanted.rows.tolist() if row not in files]:
             for row in missing:
                 try:
-                    files[row] = source(row)
+                    files[row] = sources[row]() if row in sources else read_image(self.index, row)
                 except BadSample as error:
                     self.bad.add(row, error.reason)
-            wanted = self._settle(wanted.asked)
-            source = self._read
+            wanted = self._settle(asked)
         rows = wanted.rows
         shapes = np.stack((self.index.heights[rows], self.index.widths[rows]), axis=1)
         names = [self.index.name(int(row)) for row in rows]
         return dali.Request(names, [files[row] for row in rows.tolist()], shapes, self._arguments(wanted), wanted)
-
-    def _read(self, row: int) -> dali.Bytes:
-        return read_image(self.index, row)
 
     def _amend(self, request: dali.Request, bad: dict[int, str]) -> dali.Request:
         """``request`` without the images that the decoder did not take."""
         wanted: _Wanted = request.token
         for place, reason in bad.items():
             self.bad.add(int(wanted.rows[place]), reason)
-        good = {int(row): file for row, file in zip(wanted.rows, request.files, strict=True)}
-        return self._request(self._settle(wanted.asked), lambda row: good[row] if row in good else self._read(row))
+        good = zip(wanted.rows.tolist(), request.files, strict=True)
+        return self._request(wanted.asked, {row: partial(_same, file) for row, file in good})
 
     @abstractmethod
     def _settle(self, asked: Any) -> _Wanted:
@@ -203,6 +202,10 @@ class _Loader(ABC, Generic[Item]):
     @abstractmethod
     def _arguments(self, wanted: _Wanted) -> list[NDArray[Any]]:
         """Boxes or shapes for DALI."""
+
+
+def _same(file: dali.Bytes) -> dali.Bytes:
+    return file
 
 
 class TrainLoader(_Loader[Batch]):
