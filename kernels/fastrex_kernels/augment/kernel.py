@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .._op import INTERPRETED
-from .._triton import Compile, cdiv
+from .._triton import Compile, cdiv, persistent_programs
 from .kernel_pixels import (
     BLUR,
     COLUMNS,
@@ -251,7 +251,7 @@ def augment_(out: Tensor, images: Tensor, params: Tensor, mean: Sequence[float],
             out, images, params, table, height, width, *strides, tiles, columns, *scales, *shifts,
             CHANNELS=channels, BLOCK_Y=BLOCK_Y, BLOCK_X=BLOCK_X, num_warps=PIXEL_WARPS,
         )  # fmt: skip
-        programs = min(count * strips, _blur_programs(4 * share, out.device))
+        programs = min(count * strips, persistent_programs(4 * share, SCRATCH, BLUR_PER_SM, out.device))
         scratch = params.new_empty((programs * share,))
         blur_kernel[(programs,)](
             out, images, params, table, scratch, count, height, width, *strides, strips, lines, *scales, *shifts,
@@ -259,15 +259,6 @@ def augment_(out: Tensor, images: Tensor, params: Tensor, mean: Sequence[float],
         )  # fmt: skip
     # The kernels write behind autograd's back: a backward that still needs an old value must notice.
     increment_version([out])
-
-
-def _blur_programs(share: int, device: torch.device) -> int:
-    """How many programs with ``share`` bytes of scratch each: a whole number per SM, where that many fit."""
-    fit = max(1, SCRATCH // share)
-    if device.type != "cuda":
-        return min(fit, BLUR_PER_SM)  # Triton's interpreter runs one after another
-    units = torch.cuda.get_device_properties(device).multi_processor_count
-    return fit if fit < units else units * min(BLUR_PER_SM, fit // units)
 
 
 _NUMBERS = dict.fromkeys(("N", "H", "W", "stride_image", "stride_out", "tiles", "columns", "strips", "lines"), "i32")

@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .._triton import Compile, cdiv, next_power_of_2
+from .._triton import Compile, cdiv, next_power_of_2, persistent_programs
 
 BITS = tl.constexpr(22)  # of a coefficient behind the binary point
 ONE, HALF = tl.constexpr(2.0**22), tl.constexpr(2**21)
@@ -178,7 +178,9 @@ def crop_resize_(out: Tensor, images: Sequence[Tensor], boxes: Tensor) -> None:
     places, pitch = next_power_of_2(side + STRIP), cdiv(3 * side, 16) * 16
     with torch.cuda.device_of(out):
         addresses, table = _send(images, boxes, out.device)
-        programs = min(count * strips, _programs(4 * taps * places + lines * pitch, out.device))
+        programs = min(
+            count * strips, persistent_programs(4 * taps * places + lines * pitch, SCRATCH, PER_SM, out.device)
+        )
         weights = torch.empty((programs * taps * places,), dtype=torch.int32, device=out.device)
         filtered = torch.empty((programs * lines * pitch,), dtype=torch.uint8, device=out.device)
         crop_kernel[(programs,)](
@@ -198,15 +200,6 @@ def _send(images: Sequence[Tensor], boxes: Tensor, device: torch.device) -> tupl
     host[len(numbers) :].view(torch.int32).view(-1, 4).copy_(boxes)
     table = host.to(device, non_blocking=True)
     return table[: len(numbers)], table[len(numbers) :].view(torch.int32)
-
-
-def _programs(share: int, device: torch.device) -> int:
-    """How many programs with ``share`` bytes of scratch each: a whole number per SM, where that many fit."""
-    fit = max(1, SCRATCH // share)
-    if device.type != "cuda":
-        return min(fit, PER_SM)  # Triton's interpreter runs one after another
-    units = torch.cuda.get_device_properties(device).multi_processor_count
-    return fit if fit < units else units * min(PER_SM, fit // units)
 
 
 AOT = tuple(
