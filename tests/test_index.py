@@ -54,7 +54,7 @@ def tree(root: Path, *names: str) -> Path:
 
 
 def listed(built: index.Index) -> list[tuple[str, str, int]]:
-    return [(built.relative(i), built.classes[built.labels[i]], int(built.split[i])) for i in range(len(built))]
+    return [(built.name(i), built.classes[built.labels[i]], int(built.split[i])) for i in range(len(built))]
 
 
 def refusal(root: Path, **options) -> str:
@@ -101,7 +101,7 @@ def test_val_wins_over_test_and_unlabelled_test_images_are_no_split(tmp_path):
 def test_train_alone_is_a_single_folder(tmp_path):
     built = index.build(tree(tmp_path, "train/a/1.jpg", "train/b/2.jpg"))
     assert (built.layout, built.classes) == ("single", ("a", "b"))
-    assert built.relative(0) == "train/a/1.jpg"
+    assert built.name(0) == "train/a/1.jpg"
 
 
 def test_a_class_may_be_called_train_and_names_may_differ_in_case_only(tmp_path):
@@ -118,7 +118,7 @@ def test_names_that_are_not_utf8_survive_storage(tmp_path):
     index.save(built, tmp_path / "index.npz")
     loaded = index.load(tmp_path / "index.npz")
     assert loaded.classes == ("caf\udce9", "line\nbreak", "日本")
-    assert os.fsencode(loaded.relative(0)) == b"caf\xe9/\xff.jpg"
+    assert os.fsencode(loaded.name(0)) == b"caf\xe9/\xff.jpg"
     assert all(loaded.path(row).read_bytes() == JPEG for row in range(3))
 
 
@@ -220,7 +220,7 @@ def test_every_odd_file_gets_its_status_and_its_decoded_shape(tmp_path):
     found = {}
     for row in range(1, len(built)):
         shape = int(built.heights[row]), int(built.widths[row])
-        found[built.relative(row)[2:]] = Status(built.status[row]), shape
+        found[built.name(row)[2:]] = Status(built.status[row]), shape
     expected = {name: (status, shape) for name, (_, status, shape) in odd.items()}
     assert found == expected | dict.fromkeys(("dangling.jpg", "pipe.jpg"), (Status.UNREADABLE, (0, 0)))
     bad = dict(built.bad())
@@ -322,12 +322,12 @@ def test_held_out_part_of_each_class(tmp_path, held_out, expected):
 
 def test_the_held_out_choice_hangs_on_the_names_only(tmp_path):
     first = held_out_tree(tmp_path / "first")
-    held = {first.relative(row) for row in first.rows("val", 0.2)}
+    held = {first.name(row) for row in first.rows("val", 0.2)}
     # Other classes and unreadable neighbours come in, files are written in another order.
-    tree(tmp_path / "second", "aaa/1.jpg", *reversed([first.relative(row) for row in range(len(first))]))
+    tree(tmp_path / "second", "aaa/1.jpg", *reversed([first.name(row) for row in range(len(first))]))
     (tmp_path / "second" / "ten" / "zz.jpg").write_bytes(b"")
     second = index.build(tmp_path / "second", threads=1)
-    assert {second.relative(row) for row in second.rows("val", 0.2)} == held
+    assert {second.name(row) for row in second.rows("val", 0.2)} == held
     assert second.rows("val", 0.2).dtype == np.int64
     # About a fifth, wherever the name stands in the alphabet: a choice of the first names would hold 00 out.
     assert {name[-6:] for name in held} != {f"{i:02d}.jpg" for i in range(len({name[-6:] for name in held}))}

@@ -225,7 +225,7 @@ def checked(built: Index) -> Index:
 
 
 def statuses(index: Index) -> dict[str, Status]:
-    found = {index.relative(row): Status(index.status[row]) for row in range(len(index))}
+    found = {index.name(row): Status(index.status[row]) for row in range(len(index))}
     del found["other/0.jpg"], found["odd/0.jpg"]
     return {name.removeprefix("odd/"): status for name, status in found.items()}
 
@@ -252,7 +252,7 @@ def test_check(built: Index, checked: Index) -> None:
 
 
 def test_shapes_are_those_of_the_decoded_images(built: Index) -> None:
-    shapes = {built.relative(row): (built.heights[row], built.widths[row]) for row in range(len(built))}
+    shapes = {built.name(row): (built.heights[row], built.widths[row]) for row in range(len(built))}
     for odd in GOOD:
         assert odd.pixels is None or shapes[f"odd/{odd.name}"] == expected(odd).shape[:2], odd.name
 
@@ -301,7 +301,7 @@ def test_one_epoch_of_training_takes_every_good_file(checked: Index) -> None:
     names = {f"odd/{odd.name}": odd for odd in GOOD if odd.pixels is not None and "wide" not in odd.name}
     mean, std = (torch.tensor(values).view(3, 1) for values in (data.mean, data.std))
     for row, crop in seen.items():
-        if odd := names.get(checked.relative(row)):
+        if odd := names.get(checked.name(row)):
             level = (crop.flatten(1) * std + mean).mean(1) * 255
             wanted = torch.tensor(expected(odd).mean((0, 1)))
             assert (level - wanted).abs().max() < 30, odd.name

@@ -31,6 +31,11 @@ def cutter(data: DataConfig, device: torch.device) -> str:
     return "fastrex" if device.type == "cpu" and fastrex_kernels.backend("cpu") == "C++" else "dali"
 
 
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """``values`` of the CPU on ``device``, without waiting for a GPU."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+
+
 @dataclass(frozen=True)
 class _Task:
     """Some rows of one group: all images of some crops, or some images, from ``first`` on, of one."""
@@ -68,7 +73,7 @@ class CropMaker:
             count, batch = group.boxes.shape[:2]
             shape = (count * batch, group.group.size, group.group.size, self.data.channels)
             out = torch.empty(shape, dtype=self.dtype, device=self.device).permute(0, 3, 1, 2)
-            params = self._sent(torch.from_numpy(group.params.reshape(count * batch, -1)))
+            params = sent(torch.from_numpy(group.params.reshape(count * batch, -1)), self.device)
             tasks += [(task, done) for task in self._tasks(group, params, out)]
             results.append(out)
             done += count
@@ -85,7 +90,7 @@ class CropMaker:
 
     def centre(self, images: Tensor) -> Tensor:
         """uint8 [B, S, S, 3] normalised, without augmentation: [B, C, S, S]."""
-        out = self._augment(images, self._sent(torch.tensor(OFF).repeat(len(images), 1)))
+        out = self._augment(images, sent(torch.tensor(OFF).repeat(len(images), 1), self.device))
         if self.device.type == "cuda":
             self._hold([images])
         return out
@@ -121,9 +126,6 @@ class CropMaker:
     def _augment(self, crops: Tensor, params: Tensor, out: Tensor | None = None) -> Tensor:
         data = self.data
         return augment(crops, params, mean=data.mean, std=data.std, dtype=self.dtype, channels=data.channels, out=out)
-
-    def _sent(self, values: Tensor) -> Tensor:
-        return values.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else values
 
     def _hold(self, images: list[Tensor]) -> None:
         """Keep DALI's memory until the kernels that read it have run: DALI knows nothing of this stream."""

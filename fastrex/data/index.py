@@ -79,26 +79,21 @@ class Index:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def relative(self, row: int) -> str:
-        """Path of ``row`` relative to the root; bytes that are not UTF-8 appear as surrogate escapes.
-
-        That of an image in a shard begins with the shard, as if it were a folder.
+    def name(self, row: int) -> str:
+        """What errors and logs call ``row``: its path relative to the root. Bytes that are not UTF-8 are surrogate
+        escapes; the path of an image in a shard begins with the shard, as if it were a folder.
         """
         return os.fsdecode(self.blob[self.offsets[row] : self.offsets[row + 1]])
 
-    def name(self, row: int) -> str:
-        """What errors and logs call ``row``: its relative path."""
-        return self.relative(row)
-
     def path(self, row: int) -> Path:
         """Path of ``row``, where the images are files of their own."""
-        return self.root / self.relative(row)
+        return self.root / self.name(row)
 
     def locate(self, row: int) -> tuple[str, int, int]:
         """Where the bytes of ``row`` lie: absolute path of the file, first byte, number of bytes."""
         if self.shards:
             return os.path.join(self.root, self.shards[self.shard[row]]), int(self.first[row]), int(self.sizes[row])
-        return os.path.join(self.root, self.relative(row)), 0, int(self.sizes[row])
+        return os.path.join(self.root, self.name(row)), 0, int(self.sizes[row])
 
     def with_status(
         self, rows: Sequence[int] | NDArray[np.int64], statuses: Sequence[int] | NDArray[np.uint8]
@@ -140,7 +135,7 @@ class Index:
 
     def bad(self) -> list[tuple[str, str]]:
         """(relative path, reason) of every file that is left out."""
-        return [(self.relative(int(row)), REASONS[Status(self.status[row])]) for row in np.flatnonzero(self.status)]
+        return [(self.name(int(row)), REASONS[Status(self.status[row])]) for row in np.flatnonzero(self.status)]
 
 
 def cache_dir() -> Path:
@@ -297,7 +292,7 @@ def _without_empty(place: str, index: Index, empty_classes: str) -> Index:
     readable = (index.split == 0) & (index.status == Status.OK)
     if not readable.any():
         first = int(np.argmin(index.split))
-        fact = f"{index.relative(first)!r}: {REASONS[Status(index.status[first])]}"
+        fact = f"{index.name(first)!r}: {REASONS[Status(index.status[first])]}"
         raise FastrexError(f"{place}: no readable training image ({fact}); {LAYOUT_HELP}")
     filled = np.bincount(index.labels[readable], minlength=len(names)) > 0
     empty = [name for name, there in zip(names, filled, strict=True) if not there]

@@ -25,7 +25,7 @@ from ..config import DataConfig
 from ..distributed import own_cores
 from . import dali
 from .ahead import Ahead
-from .crops import CropMaker, cutter
+from .crops import CropMaker, cutter, sent
 from .index import Index
 from .plan import BatchPlan, Plan
 from .reader import BadSample, BadSamples, Reader, Rows, read_image
@@ -140,11 +140,7 @@ class _Loader(ABC, Generic[Item]):
         """What of an item lies on the device."""
 
     def _target(self, rows: Rows) -> Tensor:
-        labels = torch.from_numpy(self.index.labels[rows].astype(np.int64))
-        return self._pinned(labels).to(self.device, non_blocking=True)
-
-    def _pinned(self, values: Tensor) -> Tensor:
-        return values.pin_memory() if self.device.type == "cuda" else values
+        return sent(torch.from_numpy(self.index.labels[rows].astype(np.int64)), self.device)
 
     def _decoder(self, batch_size: int) -> dali.Decoder:
         largest = (0, 0)

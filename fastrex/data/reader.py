@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import FastrexError
 from . import codec
+from .headers import OPEN_FLAGS
 from .index import Index
 
 Bytes = NDArray[np.uint8]
@@ -25,8 +26,6 @@ OPEN_SHARDS = 64  # files that a reader keeps open
 TRIES = 1000  # other images that may be bad too before a bad one is given up
 # What says nothing about the file: the machine has run out of something.
 MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-# Not blocking: where a pipe has taken the file's place, opening it would wait for ever.
-FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 class BadSample(FastrexError):
@@ -88,7 +87,7 @@ class _File:
 
     def __init__(self, path: str) -> None:
         self.handle = -1
-        self.handle = os.open(path, FLAGS)
+        self.handle = os.open(path, OPEN_FLAGS)
 
     def __del__(self) -> None:
         self.close()
@@ -170,10 +169,11 @@ class BadSamples:
 
     def settle(self, rows: Rows, substitute: Callable[[int, int], int]) -> Rows:
         """``rows`` with ``substitute(row, attempt)`` for the bad ones; always the same for the same bad rows."""
-        if not self.rows:
+        places = np.flatnonzero(np.isin(rows, list(self.rows)))
+        if not len(places):
             return rows
         settled = rows.copy()
-        for place in np.flatnonzero(np.isin(rows, list(self.rows))):
+        for place in places:
             row = int(rows[place])
             tried = (substitute(row, attempt) for attempt in range(TRIES))
             other = next((candidate for candidate in tried if candidate not in self.rows), None)
