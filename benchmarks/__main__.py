@@ -1,14 +1,20 @@
-"""``python -m benchmarks kernels``, ``loader`` and ``curve``; in an installation ``fastrex bench`` is the same."""
+"""``python -m benchmarks kernels``, ``loader``, ``step`` and more; in an installation ``fastrex bench`` is the same."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
 from . import curve as curve_module
+from .gpu_jobs import PARTS
+from .gpu_jobs import Settings as GpuSettings
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 # Where the files go is no part of how the figures were made.
@@ -23,7 +29,10 @@ def main() -> None:
     fastrex bench kernels --threads 2 --json kernels.json --png kernels.png
     fastrex bench kernels --op class_means --dtype fp32
     fastrex bench loader --data PATH --threads 2 --json loader.json --png loader.png
+    fastrex bench step --threads 2 --json step.json --png step.png
+    fastrex bench run --data PATH --json run.json
     fastrex bench curve RUN --name NAME
+    fastrex bench gpu --out DIR
     """
 
 
@@ -164,6 +173,168 @@ def loader(
         click.echo(f"records: {json_path}")
 
 
+DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+THREADS = click.option("--threads", type=click.IntRange(min=1), help="CPU cores of all together; default: all.")
+BATCH = click.option("--batch", type=click.IntRange(min=2), help="Images in a step; default: 8, on a GPU 256.")
+JSON = click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the records to this file.")
+
+
+@main.command()
+@click.argument("settings", nargs=-1, metavar="[section.key=value ...]")
+@click.option("--recipe", default="trex", show_default=True, help="Model, crops and objective.")
+@BATCH
+@click.option("--classes", type=click.IntRange(min=2), default=1000, show_default=True)
+@click.option(
+    "--impl", multiple=True, type=click.Choice(["fastrex", "eager", "eager_cl"]), help="Repeatable; default: all."
+)
+@click.option(
+    "--allocator", type=click.Choice(["pooled", "default", "both"]), default="both", show_default=True,
+    help="CPU memory: pooled for all as fastrex sets it, or the C library's default; both: and eager as shipped.",
+)  # fmt: skip
+@DEVICE
+@THREADS
+@click.option("--seconds", type=click.FloatRange(min=0), default=30.0, show_default=True, help="Per implementation.")
+@click.option("--ranks", type=click.IntRange(min=1), default=1, show_default=True, help="Processes of each.")
+@click.option("--find-batch", is_flag=True, help="Instead: the largest batch whose step fits into memory.")
+@click.option("--limit-mib", type=click.FloatRange(min=0), default=0.0, help="Of --find-batch; default: what is free.")
+@JSON
+@click.option("--png", "png_path", type=click.Path(path_type=Path), help="Write the chart to this file.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write step-DEVICE.json and .png to this folder.")
+@click.pass_context
+def step(
+    context: click.Context,
+    settings: tuple[str, ...],
+    recipe: str,
+    batch: int | None,
+    classes: int,
+    impl: tuple[str, ...],
+    allocator: str,
+    device: str,
+    threads: int | None,
+    seconds: float,
+    ranks: int,
+    find_batch: bool,
+    limit_mib: float,
+    json_path: Path | None,
+    png_path: Path | None,
+    out: Path | None,
+) -> None:
+    """Images per second of the whole training step beside the step that researchers write in PyTorch.
+
+    On crops that are there already. Each implementation runs in a process of its own; they take turns in rounds of a
+    few seconds, and the one whose turn it is not is stopped. Before, the losses of their first steps from the same
+    weights are compared. After, on its own, what the time of a step goes to. images/s are those of all ranks.
+
+    \b
+    fastrex bench step --threads 2 --allocator pooled --json step.json
+    fastrex bench step --device cuda --batch 256 model.bn=torch
+    fastrex bench step --find-batch --limit-mib 81920
+    """
+    from . import step as step_module
+    from . import step_batch, step_report
+    from .step_subjects import IMPLS
+
+    device = _device(device)
+    wanted = step_module.Settings(
+        recipe=recipe, words=settings, device=device, threads=_threads(threads), ranks=ranks,
+        batch=_batch(batch, device), classes=classes, impl=impl or IMPLS, allocator=allocator,
+        seconds=seconds, limit_mib=limit_mib, command=_command(context),
+    )  # fmt: skip
+    stem = f"step-batch-{device}" if find_batch else f"step-{device}"
+    json_path, png_path = _targets(stem, json_path, png_path, out)
+
+    def keep(records: list[step_module.Record]) -> None:
+        if json_path is not None:  # after every round: what is there is not lost with what fails
+            step_module.write_json(json_path, records)
+
+    with _one_line():
+        if find_batch:
+            records = step_batch.run(wanted, _say)
+            click.echo(step_batch.table(records))
+        else:
+            records = step_module.run(wanted, _say, keep)
+            click.echo(step_report.table(records))
+    keep(records)
+    if png_path is not None and not find_batch:
+        why = step_report.chart(records, png_path)
+        click.echo(why or f"chart: {png_path}")
+    if json_path is not None:
+        click.echo(f"records: {json_path}")
+
+
+@main.command("run")
+@click.argument("settings", nargs=-1, metavar="[section.key=value ...]")
+@click.option("--data", "data_path", metavar="PATH", required=True, help="Images, as for fastrex train.")
+@click.option("--recipe", default="trex", show_default=True)
+@BATCH
+@DEVICE
+@THREADS
+@click.option("--seconds", type=click.FloatRange(min=0), default=60.0, show_default=True, help="Of all phases.")
+@JSON
+@click.option("--out", type=click.Path(path_type=Path), help="Write run-DEVICE.json to this folder.")
+@click.pass_context
+def run_command(
+    context: click.Context,
+    settings: tuple[str, ...],
+    data_path: str,
+    recipe: str,
+    batch: int | None,
+    device: str,
+    threads: int | None,
+    seconds: float,
+    json_path: Path | None,
+    out: Path | None,
+) -> None:
+    """Images per second of a training run, loader and step together, beside those of its step on a batch that stays.
+
+    Both in phases that take turns, and the share of the time that the run waits for data.
+
+    \b
+    fastrex bench run --data /data/imagenet/train --device cuda --json run.json
+    """
+    from . import run as run_module
+    from . import step as step_module
+
+    device = _device(device)
+    json_path, _ = _targets(f"run-{device}", json_path, None, out)
+    wanted = run_module.Settings(
+        data=data_path, recipe=recipe, words=settings, device=device, threads=_threads(threads),
+        batch=_batch(batch, device), seconds=seconds, command=_command(context),
+    )  # fmt: skip
+    with _one_line():
+        records = run_module.run(wanted, _say)
+    click.echo(run_module.table(records))
+    if json_path is not None:
+        step_module.write_json(json_path, records)
+        click.echo(f"records: {json_path}")
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    """What users can put right is one line for them."""
+    from fastrex.errors import FastrexError
+
+    try:
+        yield
+    except FastrexError as error:
+        raise click.ClickException(str(error)) from None
+
+
+def _batch(batch: int | None, device: str) -> int:
+    return batch or (256 if device == "cuda" else 8)
+
+
+def _threads(threads: int | None) -> int:
+    cores = len(os.sched_getaffinity(0))
+    if threads is not None and threads > cores:
+        raise click.UsageError(f"--threads must be at most the number of cores, {cores}, got {threads}")
+    return threads or cores
+
+
 def _device(device: str) -> str:
     """``auto`` takes a GPU where there is one."""
     import torch
@@ -201,14 +372,60 @@ def _command(context: click.Context) -> str:
 
 
 @main.command()
-@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument(
+    "runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False)
+)
 @click.option("--name", required=True, help="Stem of the files.")
 @click.option("--command", default="", help="The command that made the run, to be kept with the figures.")
 @click.option("--out", type=click.Path(path_type=Path), default=curve_module.RESULTS, show_default=True)
-def curve(run: Path, name: str, command: str, out: Path) -> None:
-    """Loss, accuracy and k-NN of RUN over its steps."""
-    for path in curve_module.write(run, name, command, out):
+def curve(runs: tuple[Path, ...], name: str, command: str, out: Path) -> None:
+    """Loss, accuracy and k-NN of each RUN over its steps, in one picture."""
+    for path in curve_module.write(runs, name, command, out):
         click.echo(str(path))
+
+
+@main.command()
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of all files.")
+@click.option("--minutes", type=click.FloatRange(min=0.25), default=9.0, show_default=True, help="For everything.")
+@click.option("--data", "data_path", metavar="PATH", help="Images, as for fastrex train; default: some are made.")
+@click.option("--batch", type=click.IntRange(min=2), help="Images in a step; default: 256 where they fit.")
+@click.option("--part", multiple=True, type=click.Choice(PARTS), help="Only this part (repeatable).")
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", hidden=True)
+@click.option("--tests", multiple=True, hidden=True, help="A word for pytest instead of the GPU tests.")
+@click.option("--kernels", "words", multiple=True, hidden=True, help="A word for kernels instead of all cases.")
+@click.pass_context
+def gpu(
+    context: click.Context,
+    out: Path,
+    minutes: float,
+    data_path: str | None,
+    batch: int | None,
+    part: tuple[str, ...],
+    device: str,
+    tests: tuple[str, ...],
+    words: tuple[str, ...],
+) -> None:
+    """On one GPU: the GPU tests, then kernels, loader, step and run, each within its share of --minutes.
+
+    Writes JSON, a log for each process and one table, gpu.md. A part that cannot run here is absent with its reason,
+    one whose time is over keeps what it has, one that crashes stops no other. Exit code 0: everything that could run
+    ran, and no test failed.
+
+    
+    python -m benchmarks gpu --out gpu-results
+    python -m benchmarks gpu --out gpu-results --data /data/imagenet --part loader --part run
+    """
+    from . import gpu as gpu_module
+
+    if data_path is not None and Path(data_path).exists():
+        data_path = str(Path(data_path).resolve())
+    with tempfile.TemporaryDirectory(prefix="fastrex-gpu-") as work:
+        settings = GpuSettings(
+            out=out.resolve(), work=Path(work), minutes=minutes, data=data_path, device=device, batch=batch, only=part,
+            tests=tests, kernels=words,
+        )  # fmt: skip
+        code = gpu_module.run(settings, _command(context), lambda text: click.echo(text))
+    sys.exit(code)
 
 
 if __name__ == "__main__":

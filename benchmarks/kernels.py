@@ -127,7 +127,8 @@ def run(settings: Settings, say: Callable[[str], None] = lambda _: None) -> Iter
 def measure_group(
     settings: Settings, op: Op, case: Case, dtype: str, allocator: str, peaks: dict[str, worker.Answer]
 ) -> Group:
-    """Memory of each implementation, each in a fresh process, then the times of all together in another one.
+    """Memory of each implementation, each in a fresh process, then the times of all together in another one. On a GPU
+    one process does it all, unless one of them has taken it down.
 
     ``peaks`` takes the workers' answers on memory. Where it holds them already, this is the second allocator, which
     answers one question: how much of the times is the allocator. One direction tells, and memory is not measured again.
@@ -142,12 +143,18 @@ def measure_group(
         threads=settings.threads, allocator=allocator, directions=tuple(directions), impls=(),
         seconds=settings.seconds, out="",
     )  # fmt: skip
-    if first:
+    timing: worker.Answer = {}
+    if settings.device == "cuda":
+        timing = start(replace(spec, task="both", impls=tuple(names)))
+        peaks.update(timing.get("peaks", {}))
+    if first and "peaks" not in timing:
         # Always under the C library's default, which takes what is asked for: in a pool a peak depends on its gaps.
         exact = replace(spec, allocator="default")
         peaks.update({name: start(replace(exact, impls=(name,))) for name in names})
-    absent = {name: answer["absent"] for name, answer in peaks.items() if "absent" in answer}
-    timing = start(replace(spec, task="time", impls=tuple(name for name in names if name not in absent)))
+    absent: dict[str, str] = {}
+    if "peaks" not in timing:
+        absent = {name: answer["absent"] for name, answer in peaks.items() if "absent" in answer}
+        timing = start(replace(spec, task="time", impls=tuple(name for name in names if name not in absent)))
     if "results" not in timing:
         absent = dict.fromkeys(names, timing["absent"]) | absent
         timing = {"results": {}, "absent": {}, "roofs": {}, "facts": {}, "directions": [], "gradient_mib": 0.0}
@@ -160,7 +167,7 @@ def measure_group(
             record = _record(group, direction, name, timing, absent.get(name))
             record["command"] = settings.command
             if first and record["ms_p50"] is not None:
-                record["peak_extra_mib"] = peaks[name]["peak"].get(direction)
+                record["peak_extra_mib"] = peaks[name].get("peak", {}).get(direction)
             group.records.append(record)
     return group
 

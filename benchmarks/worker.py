@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,8 @@ Answer = dict[str, Any]
 
 @dataclass(frozen=True)
 class Spec:
-    """What one worker does: ``task`` is "time" or "memory" (then ``impls`` is one name). ``ops`` is the module whose
-    ``OPS`` hold the operator."""
+    """What one worker does: ``task`` is "time", "memory" (then ``impls`` is one name) or "both". ``ops`` is the module
+    whose ``OPS`` hold the operator."""
 
     task: str
     ops: str
@@ -63,7 +63,7 @@ def main() -> None:
     pooled = spec.allocator == "pooled" and pool()
     torch.set_num_threads(spec.threads)
     op, case = find(spec.ops, spec.op, spec.case)
-    answer = (memory if spec.task == "memory" else times)(spec, op, case)
+    answer = {"memory": memory, "time": times, "both": both}[spec.task](spec, op, case)
     answer["pooled"] = pooled
     Path(spec.out).write_text(json.dumps(answer), encoding="utf-8")
 
@@ -171,6 +171,8 @@ def errors(
         except Exception as error:
             found.pop(impl, None)
             absent[impl] = reason(error)
+            if spec.device == "cuda":
+                torch.cuda.synchronize()  # raises where the context is lost: nobody after this one could be measured
         machine.release()
     # The chunked loop is eager PyTorch too, where the eager code itself needs too much memory.
     yardstick = found.get("eager", found.get("chunked", {}))
@@ -183,6 +185,13 @@ def errors(
             results[impl][direction] = {"error": worst, "budget": budget, "worst": name}
     functions = {name: functions[name] for name in results}
     return functions, results, {name: text for name, text in absent.items() if name in spec.impls}
+
+
+def both(spec: Spec, op: Op, case: Case) -> Answer:
+    """Times and, as ``peaks``, memory: on a GPU, whose allocator counts the same bytes in any process."""
+    answer = times(spec, op, case)
+    peaks = {name: memory(replace(spec, impls=(name,)), op, case) for name in answer["results"]}
+    return {**answer, "peaks": peaks}
 
 
 def memory(spec: Spec, op: Op, case: Case) -> Answer:

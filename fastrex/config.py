@@ -23,8 +23,9 @@ OBJECTIVE = "objective"
 # What may be set when a run is resumed: none of it changes a batch of good files, or a weight.
 RESUMABLE = {
     "data": ("on_bad_sample", "max_bad_samples", "threads", "prefetch"),
+    "model": ("recompute",),
     "checkpoint": ("every_epochs", "every_steps", "keep"),
-    "run": ("log_every", "tensorboard", "wandb"),
+    "run": ("log_every", "tensorboard", "wandb", "cuda_graph", "compile"),
 }
 
 
@@ -120,6 +121,17 @@ class ModelConfig:
         choices=("imagenet", "small"),
     )
     width: int = setting(64, "channels of the first stage (64 = torchvision's)", low=1)
+    bn: str = setting(
+        "fused",
+        "fused = one kernel for BatchNorm, residual and ReLU; torch = PyTorch's; apex = NVIDIA apex's groupbn (fp16)",
+        choices=("fused", "torch", "apex"),
+    )
+    recompute: str = setting(
+        "none",
+        "activations computed again in the backward: blocks = those inside residual blocks, passes = one resolution "
+        "at a time",
+        choices=("none", "blocks", "passes"),
+    )
     bn_momentum: float = setting(0.1, "momentum of the BatchNorm running statistics", low=0.0, high=1.0)
     bn_eps: float = setting(1e-5, "epsilon of BatchNorm", low=0.0)
     ema_momentum: float = setting(
@@ -160,6 +172,12 @@ class OptimConfig:
     weight_decay: float = setting(1e-4, "on parameters with two or more dimensions", low=0.0)
     accumulate: int = setting(1, "micro-batches per step; BatchNorm works per micro-batch", low=1)
     precision: str = setting("auto", "auto = bf16 where the hardware has it", choices=("auto", "bf16", "fp16", "fp32"))
+    impl: str = setting(
+        "fused",
+        "fused = SGD, EMA and casts in one kernel; torch = PyTorch's SGD and foreach; apex = NVIDIA apex's FusedSGD",
+        choices=("fused", "torch", "apex"),
+    )
+    reduce_dtype: str = setting("fp32", "dtype of the gradients sent between ranks", choices=("fp32", "bf16"))
 
 
 @dataclass(frozen=True)
@@ -190,6 +208,10 @@ class RunConfig:
     log_every: int = setting(50, "steps between log lines; device values are read only there", low=1)
     tensorboard: bool = setting(False, "also write TensorBoard events")
     wandb: str = setting("", "also log to this Weights & Biases project")
+    cuda_graph: str = setting(
+        "auto", "replay the whole step as one CUDA graph (auto = on a single GPU)", choices=("auto", "on", "off")
+    )
+    compile: bool = setting(False, "torch.compile the encoders")
 
 
 @dataclass(frozen=True)
@@ -212,6 +234,11 @@ class Config:
             raise UsageError(
                 f"config: optim.warmup_epochs must be less than optim.epochs, got {self.optim.warmup_epochs:g} and "
                 f"{self.optim.epochs}; set both"
+            )
+        if self.run.compile and self.model.recompute == "blocks":
+            raise UsageError(
+                "config: model.recompute must be none or passes with run.compile=true, got blocks: torch.compile "
+                "cannot repeat a part of what it compiles; set model.recompute=passes"
             )
         if self.data.channels == 2:
             raise UsageError("config: data.channels must be 1 (grey) or 3 (RGB), got 2")

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -159,10 +160,29 @@ def from_main(value: int, world: World) -> int:
 
 @torch.no_grad()
 def broadcast_(tensors: Iterable[Tensor], world: World) -> None:
-    """Give every rank the values of rank 0, in place."""
-    if world.size > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+    """Give every rank the values of rank 0, in place: one collective per dtype."""
+    if world.size == 1:
+        return
+    kinds: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault(tensor.dtype, []).append(tensor)
+    for same in kinds.values():
+        packed = torch.cat([tensor.reshape(-1) for tensor in same])
+        dist.broadcast(packed, src=0)
+        for tensor, values in zip(same, torch.split(packed, [t.numel() for t in same]), strict=True):
+            tensor.copy_(values.view(tensor.shape))
+
+
+def average_in_bf16(group: dist.ProcessGroup | None, bucket: Any) -> torch.futures.Future[Tensor]:
+    """Communication hook of DistributedDataParallel: half the bytes, gradients rounded once before they are summed.
+
+    torch's own hook of this kind refuses gloo.
+    """
+    buffer = bucket.buffer()
+    packed = (buffer / dist.get_world_size(group)).to(torch.bfloat16)
+    work = dist.all_reduce(packed, group=group, async_op=True)
+    averaged: torch.futures.Future[Tensor] = work.get_future().then(lambda done: buffer.copy_(done.value()[0]))
+    return averaged
 
 
 def barrier(world: World) -> None:

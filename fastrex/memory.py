@@ -1,8 +1,11 @@
-"""Allocation of CPU memory."""
+"""Allocation of CPU memory, and how much there is on a device."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+
+import torch
 
 # glibc's mallopt parameters (malloc.h).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
@@ -23,3 +26,10 @@ def pool() -> bool:
         mallopt(name, value) == 1
         for name, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, TOP_PAD))
     )
+
+
+def available(device: torch.device) -> int:
+    """Bytes on ``device`` that nobody uses now; on a CPU all that the machine has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

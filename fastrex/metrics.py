@@ -24,7 +24,7 @@ LOGGED = {"empty_classes": "bank/empty_classes", "age": "bank/age"}
 
 
 class Meter:
-    """Sums of 0-d device tensors; reading them is the only host sync."""
+    """Sums of 0-d device tensors; :class:`Reading` brings them to the host."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -33,17 +33,46 @@ class Meter:
     def add(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
             value = value.detach().to(torch.float32)
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            # Never the tensor itself: a captured step writes the next step's value into the same memory.
+            self.sums[name] = self.sums[name].add_(value) if name in self.sums else value.clone()
         self.count += 1
 
-    def read(self, world: World) -> dict[str, float]:
-        """Means over steps and ranks under their names in the log; starts anew."""
+    def take(self, world: World) -> dict[str, Tensor]:
+        """Means over steps and ranks, on the device; starts anew."""
         if not self.count:
             return {}
         total = sum_(torch.stack(list(self.sums.values())), world) / (self.count * world.size)
-        values = {LOGGED.get(n, f"train/{n}"): v for n, v in zip(self.sums, total.tolist(), strict=True)}
+        means = dict(zip(self.sums, total.unbind(), strict=True))
         self.sums, self.count = {}, 0
-        return values
+        return means
+
+
+class Reading:
+    """Device values of a step on their way to the host, and what the host knew when they were sent.
+
+    On a GPU the copy queues behind the steps before it, and nobody waits for it: an interval later it has long arrived.
+
+    Args:
+        values: 0-d tensors. step: their step. known: what else belongs to the record. left_s: until the end of the run.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], step: int, known: Mapping[str, float], left_s: float) -> None:
+        self.names, self.step, self.known, self.left_s = list(values), step, known, left_s
+        packed = torch.stack([value.to(torch.float64) for value in values.values()])
+        self.event: torch.cuda.Event | None = None
+        if packed.device.type == "cuda":
+            self.host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+            self.host.copy_(packed, non_blocking=True)
+            self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.event.record()
+        else:
+            self.host = packed
+
+    def values(self) -> dict[str, float]:
+        """The numbers; waits for them if they are still under way."""
+        if self.event is not None:
+            self.event.synchronize()
+        return dict(zip(self.names, self.host.tolist(), strict=True))
 
 
 class Log:

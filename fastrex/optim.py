@@ -1,31 +1,34 @@
-"""The optimiser step: parameter lists for the fused op, loss scaling, and the guard against numbers gone bad.
+"""Gradients, learning rate and momentum of the optimiser step, loss scaling, and the guard against numbers gone bad.
 
 Everything that a step decides stays on the device; the loop reads it on logging steps only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fastrex_kernels import sgd_ema_
-
 from .config import OptimConfig
 from .errors import FastrexError
+from .sgd import IMPLS
 
 GROWTH_INTERVAL = 2000  # steps without overflow before the scale doubles, as torch.amp.GradScaler
 MAX_SKIPPED = 20  # overflows in a row before the run stops
 
 
 class Optimizer:
-    """SGD with momentum over named parameters, and the EMA copies that follow them.
+    """SGD with momentum over named parameters, the EMA copies that follow them, and low-precision copies of both.
 
     Weight decay goes to parameters with two or more dimensions: biases and BatchNorm's affine have one.
 
     Args:
         parameters: name -> parameter. ema: name -> EMA copy, for the parameters that have one.
+        copies, ema_copies: name -> low-precision tensor that a parameter or its EMA is rounded into in every step.
+        gradients: where ``.grad`` lives. "fresh": a new tensor in every step, which the backward hands over without a
+            copy. "flat": views into one buffer, whose addresses stay (for a CUDA graph) and which one kernel clears and
+            one measures. "kept": whatever stands there is cleared (the buckets of DistributedDataParallel).
     """
 
     def __init__(
@@ -34,47 +37,70 @@ class Optimizer:
         ema: Mapping[str, Tensor],
         config: OptimConfig,
         ema_momentum: float,
+        *,
+        copies: Mapping[str, Tensor] | None = None,
+        ema_copies: Mapping[str, Tensor] | None = None,
+        gradients: str = "fresh",
     ) -> None:
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
-        self.ema = ema
-        self.momentum, self.ema_momentum = config.momentum, ema_momentum
+        self.ema, self.copies, self.ema_copies = ema, copies or {}, ema_copies or {}
         self.decay = {name: config.weight_decay if p.ndim > 1 else 0.0 for name, p in self.parameters.items()}
         self.buffers = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters.items()}
-        device = next(iter(self.parameters.values())).device
-        self.lr = torch.zeros((), device=device)
+        self.host_lr = 0.0
+        self.lr = torch.zeros((), device=next(iter(self.parameters.values())).device)
+        self.gradients = gradients
+        self.flat = _flat_gradients(list(self.parameters.values())) if gradients == "flat" else None
+        self.update = IMPLS[config.impl](self, config.momentum, ema_momentum)
 
     def zero_grad(self) -> None:
-        for p in self.parameters.values():
-            p.grad = None
+        if self.flat is not None:
+            self.flat.zero_()
+        elif self.gradients == "kept":
+            if grads := self._grads():  # none before the first backward
+                torch._foreach_zero_(grads)
+        else:
+            for p in self.parameters.values():
+                p.grad = None
 
     def grad_norm(self, inv_scale: Tensor | None = None) -> Tensor:
         """Euclidean norm of all (unscaled) gradients, 0-d; not finite when any gradient is not."""
-        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        if self.flat is not None:
+            norm: Tensor = torch.linalg.vector_norm(self.flat)
+        else:
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self._grads())))
         return norm if inv_scale is None else norm * inv_scale
 
-    def step(self, lr: float, skip: Tensor, inv_scale: Tensor | None) -> None:
-        """Update every parameter that has a gradient; leave everything where ``skip`` (0-d bool) is True."""
+    def set_lr(self, lr: float) -> None:
+        """The learning rate of the next step. It lives on the device, where a captured step finds it."""
+        self.host_lr = lr
         self.lr.fill_(lr)
-        names = [name for name, p in self.parameters.items() if p.grad is not None]
-        sgd_ema_(
-            [self.parameters[n] for n in names],
-            [self.parameters[n].grad for n in names],  # type: ignore[misc]
-            [self.buffers[n] for n in names],
-            [self.ema.get(n) for n in names],
-            lr=self.lr,
-            momentum=self.momentum,
-            weight_decay=[self.decay[n] for n in names],
-            ema_momentum=self.ema_momentum,
-            inv_scale=inv_scale,
-            skip=skip,
-        )
+
+    def step(self, skip: Tensor, inv_scale: Tensor | None) -> None:
+        """Update every parameter that has a gradient; leave everything where ``skip`` (0-d bool) is True."""
+        self.update(skip, inv_scale)
 
     def state(self) -> dict[str, Tensor]:
         return {f"momentum.{name}": buffer for name, buffer in self.buffers.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         load_tensors(self.state(), state, "optimizer")
+
+    def _grads(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters.values() if p.grad is not None]
+
+
+def _flat_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """One zeroed buffer, with every parameter's ``grad`` a view of it in the parameter's own layout."""
+    # Each starts at 256 bytes, as torch's allocators align tensors.
+    starts = [0]
+    for p in parameters:
+        if not torch.ops.aten.is_non_overlapping_and_dense(p):
+            raise ValueError(f"Optimizer: parameters must fill their memory for flat gradients, got {p.stride()}")
+        starts.append(starts[-1] + -(-p.numel() // 64) * 64)
+    flat = parameters[0].new_zeros(starts[-1], requires_grad=False)
+    for p, start in zip(parameters, starts, strict=False):
+        p.grad = flat.as_strided(p.shape, p.stride(), start)
+    return flat
 
 
 class Guard(nn.Module):
@@ -106,16 +132,15 @@ class Guard(nn.Module):
     def inv_scale(self) -> Tensor | None:
         return 1 / self.scale if self.fp16 else None
 
-    def report(self) -> dict[str, float]:
-        """What the log should know of the scale; a host sync."""
-        return (
-            {"train/loss_scale": float(self.scale), "train/skipped_in_a_row": float(self.skipped)} if self.fp16 else {}
-        )
+    def report(self) -> dict[str, Tensor]:
+        """What the log should know, as 0-d tensors that the next steps change."""
+        scale = {"loss_scale": self.scale} if self.fp16 else {}
+        return {**scale, "skipped_in_a_row": self.skipped, "diverged": self.diverged}
 
     @torch.no_grad()
-    def judge(self, step: int, values_ok: Tensor, grads_ok: Tensor) -> tuple[Tensor, Tensor]:
-        """Decide this step from two 0-d bools that agree on all ranks; return (skip the update, keep the bank's
-        features)."""
+    def judge(self, step: Tensor, values_ok: Tensor, grads_ok: Tensor) -> tuple[Tensor, Tensor]:
+        """Decide this step (its number, a 0-d tensor) from two 0-d bools that agree on all ranks; return (skip the
+        update, keep the bank's features)."""
         overflow = (values_ok & ~grads_ok) if self.fp16 else torch.zeros_like(grads_ok)
         bad = ~values_ok if self.fp16 else ~(values_ok & grads_ok)
         live = self.diverged < 0

@@ -75,6 +75,7 @@ def init_from(trainer: Trainer, source: Path | str) -> str:
         ) from None
     if trainer.ema is not None:
         trainer.ema.encoder.load_state_dict(encoder.state_dict())
+    trainer.refresh_copies()
     return f"encoder starts from {source}{f' ({words})' if words else ''}"
 
 

@@ -8,7 +8,9 @@ decided on the device, for all ranks alike, before anything is changed.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,8 +25,11 @@ from .data.loader import Batch
 from .distributed import World
 from .errors import FastrexError
 from .evaluate import evaluate
+from .graph import WARM_UP, WARM_UP_RANKS, Inputs, StepGraph
 from .model.ema import make_ema
+from .model.layers import attach_copies, refresh_copies
 from .model.multicrop import MultiCropModel, set_process_group
+from .model.norm import resolve_bn
 from .model.projector import Projector
 from .model.resnet import build_encoder
 from .optim import Guard, Optimizer, load_tensors
@@ -51,35 +56,57 @@ class Method(nn.Module):
 
 
 class Trainer:
-    """Model, momentum encoder, objective, optimiser and guard of one run."""
+    """Model, momentum encoder, objective, optimiser and guard of one run.
+
+    ``notices`` say for the log what was chosen; ``news`` what turned out later.
+    """
 
     def __init__(self, config: Config, num_classes: int, world: World) -> None:
+        device = world.device
+        self.precision = resolve_precision(config.optim.precision, device)
+        bn, line = resolve_bn(config.model.bn, self.precision, device, world.size)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, bn=bn))
         self.config, self.world = config, world
+        self.notices, self.news = [line], deque[str]()
         torch.manual_seed(config.run.seed)
         encoder = build_encoder(config.model, config.data.channels)
-        bn = {"bn_momentum": config.model.bn_momentum, "bn_eps": config.model.bn_eps}
-        projector = Projector(int(encoder.num_features), config.projector, **bn)  # type: ignore[arg-type]
-        model = MultiCropModel(encoder, projector)
-        self.model = model.to(device=world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.objective = objectives.make(config, config.projector.out_dim, num_classes).to(world.device)
+        norms: dict[str, Any] = {"bn_momentum": config.model.bn_momentum, "bn_eps": config.model.bn_eps, "bn": bn}
+        projector = Projector(int(encoder.num_features), config.projector, **norms)  # type: ignore[arg-type]
+        model = MultiCropModel(encoder, projector, config.model.recompute)
+        self.model = model.to(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.objective = objectives.make(config, config.projector.out_dim, num_classes).to(device)
         set_process_group(self.model, world.group)
         self.method = Method(self.model, self.objective)
         distributed.broadcast_([*self.method.parameters(), *self.method.buffers()], world)
         self.ema = make_ema(self.model) if self.objective.needs_ema else None
-        self.parallel: DistributedDataParallel | None = None
-        if world.size > 1:
-            # Buffers are equal on all ranks by construction (SyncBN, gathered bank): sending them again in every
-            # forward would only cost. Gradients are views into the buckets, so that the all-reduce copies nothing.
-            self.parallel = DistributedDataParallel(
-                self.method,
-                device_ids=[world.device] if world.device.type == "cuda" else None,
-                gradient_as_bucket_view=True,
-                **_KEEP_BUFFERS,
-            )
-        self.precision = resolve_precision(config.optim.precision, world.device)
-        ema = {} if self.ema is None else {f"model.{name}": p for name, p in self.ema.named_parameters()}
-        self.optimizer = Optimizer(dict(self.method.named_parameters()), ema, config.optim, config.model.ema_momentum)
-        self.guard = Guard(self.precision == "fp16").to(world.device)
+        copies, ema_copies = self._attach_copies()
+        if config.run.compile:
+            for net in (self.model, self.ema):
+                if net is not None:
+                    net.encoder.compile()
+        wanted = config.run.cuda_graph == "on" or (config.run.cuda_graph == "auto" and world.size == 1)
+        recorded = device.type == "cuda" and wanted and config.optim.impl != "apex"
+        self.parallel = self._parallel(recorded) if world.size > 1 else None
+        self.optimizer = Optimizer(
+            dict(self.method.named_parameters()),
+            {} if self.ema is None else {f"model.{name}": p for name, p in self.ema.named_parameters()},
+            config.optim,
+            config.model.ema_momentum,
+            copies=copies,
+            ema_copies=ema_copies,
+            gradients="kept" if self.parallel is not None else "flat" if device.type == "cuda" else "fresh",
+        )
+        self.guard = Guard(self.precision == "fp16").to(device)
+        self.number = torch.zeros((), dtype=torch.int64, device=device)
+        # Over several ranks the batch norms of both encoders talk on one communicator, in one order: no side by side.
+        aside = device.type == "cuda" and world.size == 1 and self.ema is not None
+        self.side: Any = torch.cuda.Stream(device) if aside else None  # type: ignore[no-untyped-call]
+        self.graph: StepGraph | None = None
+        if recorded:
+            warm_up = WARM_UP if self.parallel is None else WARM_UP_RANKS
+            self.graph = StepGraph(self._step, device, warm_up=warm_up, must=config.run.cuda_graph == "on")
+        self.notices += _graph_notice(config, device, world.size, recorded)
+        self._in_flight = deque[Any]()
 
     def autocast(self) -> torch.autocast:
         dtype = DTYPES[self.precision]
@@ -87,34 +114,105 @@ class Trainer:
 
     def step(self, step: int, micros: Sequence[Batch], lr: float) -> dict[str, Tensor]:
         """One optimiser step over the micro-batches of this rank; returns 0-d device tensors to log, without a host
-        sync."""
+        sync. They are valid until the next step."""
+        self.number.fill_(step)
+        self.optimizer.set_lr(lr)
+        if self.graph is None:
+            logged = self._step([(batch.crops, batch.target) for batch in micros])
+        else:
+            before = (self.graph.captured, self.graph.reason)
+            logged = self.graph(micros)
+            if (self.graph.captured, self.graph.reason) != before:
+                done = "the step is replayed as one graph from now on"
+                missed = f"the step could not be recorded and runs kernel by kernel: {self.graph.reason}"
+                self.news.append(f"CUDA graph: {done if self.graph.captured else missed}")
+        if self.world.device.type == "cuda":
+            self._throttle()
+        return logged
+
+    def _step(self, micros: Inputs) -> dict[str, Tensor]:
+        """What a step does on the device: nothing here asks for a value."""
         self.optimizer.zero_grad()
         ok = torch.ones((), dtype=torch.bool, device=self.world.device)
         logged: dict[str, Tensor] = {}
         momentum_features: list[Tensor] = []
-        for batch in micros:
-            with self._reduce_gradients(batch is micros[-1]):
+        for number, (crops, target) in enumerate(micros, 1):
+            if self.ema is not None:
+                momentum_features.append(self._momentum_features(self.ema, crops[0][: len(target)]))
+            with self._reduce_gradients(number == len(micros)):
                 with self.autocast():
-                    loss, metrics = (self.parallel or self.method)(batch.crops, batch.target)
+                    loss, metrics = (self.parallel or self.method)(crops, target)
                 ok = ok & torch.isfinite(loss.detach())
-                if self.ema is not None:
-                    with torch.no_grad(), self.autocast():
-                        z = self.ema((batch.crops[0][: len(batch.target)],))
-                    ok = ok & torch.isfinite(z).all()
-                    momentum_features.append(z)
                 self.guard.scaled(loss / len(micros)).backward()  # type: ignore[no-untyped-call]
             for name, value in {"loss": loss, **metrics}.items():
                 logged[name] = logged.get(name, 0.0) + value.detach() / len(micros)
+        if self.side is not None:
+            torch.cuda.current_stream(self.world.device).wait_stream(self.side)
+        for z in momentum_features:
+            ok = ok & torch.isfinite(z).all()
         inv_scale = self.guard.inv_scale  # of this step: judge() may change the scale for the next one
         norm = self.optimizer.grad_norm(inv_scale)
-        skip, keep = self.guard.judge(step, distributed.all_true(ok, self.world), torch.isfinite(norm))
+        skip, keep = self.guard.judge(self.number, distributed.all_true(ok, self.world), torch.isfinite(norm))
         if momentum_features:
             # Micro-batch by micro-batch: then the bank's order is the global batch's for any number of ranks.
-            z = torch.cat([distributed.gather_rows(part, self.world) for part in momentum_features])
-            y = torch.cat([distributed.gather_rows(batch.target, self.world) for batch in micros])
-            self.objective.update_(z, y, keep=keep)
-        self.optimizer.step(lr, skip, inv_scale)
+            features = torch.cat([distributed.gather_rows(part, self.world) for part in momentum_features])
+            targets = torch.cat([distributed.gather_rows(target, self.world) for _, target in micros])
+            self.objective.update_(features, targets, keep=keep)
+        self.optimizer.step(skip, inv_scale)
         return {**logged, "grad_norm": norm}
+
+    def _momentum_features(self, ema: MultiCropModel, images: Tensor) -> Tensor:
+        """Features of the first global crop, on a GPU on a stream of their own: its kernels fill what those of the
+        small crops leave idle, until the bank wants them after the backward."""
+        if self.side is not None:
+            self.side.wait_stream(torch.cuda.current_stream(self.world.device))
+        beside = contextlib.nullcontext() if self.side is None else torch.cuda.stream(self.side)
+        with beside, torch.no_grad(), self.autocast():
+            features: Tensor = ema((images,))
+        return features
+
+    def _throttle(self) -> None:
+        """Let the host be two steps ahead of the device, no more: batches that wait in the queue hold memory."""
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self._in_flight.append(event)
+        if len(self._in_flight) > 2:
+            self._in_flight.popleft().synchronize()
+
+    def _attach_copies(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Copies of the weights in the dtype of the products, by parameter: rounded once a step by the optimiser
+        instead of by autocast in every forward."""
+        dtype = DTYPES[self.precision]
+        if dtype == torch.float32:
+            return {}, {}
+        nets = [net and attach_copies(net, dtype) for net in (self.model, self.ema)]
+        own, ema = ({f"model.{name}": copy for name, copy in (copies or {}).items()} for copies in nets)
+        return own, ema
+
+    def refresh_copies(self) -> None:
+        """After weights were changed from outside."""
+        for net in (self.model, self.ema):
+            if net is not None:
+                refresh_copies(net)
+
+    def _parallel(self, recorded: bool) -> DistributedDataParallel:
+        """Averages gradients over ranks. Buffers are equal on all ranks by construction (SyncBN, gathered bank): they
+        are sent once, above, and never again. Gradients are views into the buckets: the all-reduce copies nothing."""
+        device = self.world.device
+        # For a recorded step its hooks must not belong to the default stream.
+        stream = torch.cuda.Stream(device) if recorded else None  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
+            parallel = DistributedDataParallel(
+                self.method,
+                device_ids=[device] if device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+                init_sync=False,
+                **_KEEP_BUFFERS,
+            )
+        if self.config.optim.reduce_dtype == "bf16":
+            # Not the function itself: torch wants its annotations to be types, ours are strings.
+            parallel.register_comm_hook(None, lambda group, bucket: distributed.average_in_bf16(group, bucket))
+        return parallel
 
     def evaluate(self, index: Index, note: Callable[[str], None] = lambda line: None) -> dict[str, float]:
         """Held-out accuracies of the online encoder, with the objective's classifier and by k-NN; ``note`` as in
@@ -141,10 +239,22 @@ class Trainer:
             raise FastrexError(f"resume: checkpoint must hold {', '.join(mine)}, got {', '.join(parts)}")
         for name, tensors in mine.items():
             load_tensors(tensors, parts[name], name)
+        self.refresh_copies()
 
     def _reduce_gradients(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """DDP averages the gradients once, in the backward of the last micro-batch."""
         return contextlib.nullcontext() if last or self.parallel is None else self.parallel.no_sync()
+
+
+def _graph_notice(config: Config, device: torch.device, ranks: int, recorded: bool) -> list[str]:
+    """What becomes of run.cuda_graph, where anybody would ask."""
+    if device.type != "cuda" or config.run.cuda_graph == "off":
+        return []
+    if recorded:
+        return ["CUDA graph: recorded after the first steps"]
+    if config.optim.impl == "apex":
+        return ["CUDA graph: off, optim.impl=apex takes the learning rate from the host"]
+    return [f"CUDA graph: off over {ranks} ranks; run.cuda_graph=on asks for it"]
 
 
 def resolve_precision(name: str, device: torch.device) -> str:

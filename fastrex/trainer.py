@@ -9,6 +9,7 @@ import shlex
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 
 import fastrex_kernels
 
-from . import checkpoint, distributed, export, memory, objectives, rundir, schedule
+from . import budget, checkpoint, distributed, export, memory, objectives, rundir, schedule
 from . import resume as resume_module
 from .config import Config
 from .data.dataset import Dataset, open_dataset
@@ -26,9 +27,10 @@ from .data.index import save as save_index
 from .data.loader import Batch
 from .distributed import World
 from .errors import DivergedError, FastrexError
-from .metrics import Log, Meter, check_writers, progress
+from .metrics import LOGGED, Log, Meter, Reading, check_writers, progress
+from .model.resnet import ResNet
 from .optim import MAX_SKIPPED
-from .step import Trainer, resolve_precision
+from .step import DTYPES, Trainer, resolve_precision
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -119,7 +121,7 @@ def _train(
     stop = plan.total if max_steps is None else min(max_steps, plan.total)
     log = Log(run.path, config, world, start if resuming else None)
     closing.callback(log.close)
-    lines += [*notices, *data.notices, *trainer.objective.notices(data.drawn_counts)]
+    lines += [*notices, *trainer.notices, *data.notices, *trainer.objective.notices(data.drawn_counts)]
     for line in [*_opening(trainer, data, run.path, start, stop, plan.total), *lines]:
         log.line(line)
     step, state, metrics = _loop(trainer, data, plan, run, log, start, stop)
@@ -143,7 +145,7 @@ def _loop(
 ) -> tuple[int, str, dict[str, float]]:
     """Run steps ``start`` to ``stop``; return (steps done, completed or preempted, last evaluation)."""
     config, world, per_epoch = trainer.config, trainer.world, data.steps_per_epoch
-    meter = Meter()
+    meter, readings = Meter(), deque[Reading]()
     step, state, results = start, "completed", {}
     saved, evaluated = (start, -1) if start else (-1, -1)
     if start and look_at(config, data, start) and not distributed.from_main(int(log.evaluated(start)), world):
@@ -157,6 +159,7 @@ def _loop(
             micros.append(batch)
             if not batch.last_micro:
                 continue
+            log.news(trainer.news)
             # The method itself draws nothing from torch's generators; a foreign encoder with dropout does.
             torch.manual_seed((config.run.seed * 1_000_003 + step) * 4099 + world.rank & (2**63 - 1))
             lr = plan.lr(step)
@@ -173,13 +176,17 @@ def _loop(
             stopping = world.quick_agreement and distributed.any_true(bool(asked), world)
             if not (save or look or stopping or step % config.run.log_every == 0):
                 continue
-            # Everything below reads device values: the only host syncs of the loop.
-            values = {**meter.read(world), **mark.rates(step, loader.wait_s, config.optim.batch_size)}
-            record = {**values, "train/lr": lr, "train/epoch": step / per_epoch, **trainer.guard.report()}
-            log.record(step, record)
-            log.line(progress(step, stop, (step - 1) // per_epoch, record, (stop - step) * mark.seconds_per_step))
-            _check_numbers(trainer, run.path)
+            sent = {**meter.take(world), **trainer.guard.report()}
+            rates = mark.rates(step, loader.wait_s, config.optim.batch_size)
+            left_s = (stop - step) * mark.seconds_per_step
+            known = {**rates, "train/lr": lr, "train/epoch": step / per_epoch}
+            readings.append(Reading(sent, step, known, left_s))
             leave = distributed.any_true(bool(asked), world)
+            # What was sent to the host a logging interval ago has arrived: to read it, nobody waits. The loop waits
+            # for the device only where something hangs on the numbers of this very step.
+            waiting = world.device.type == "cuda" and not (save or look or leave)
+            while len(readings) > waiting:
+                _report(trainer, log, readings.popleft(), stop, per_epoch, run.path)
             if save or leave:
                 resume_module.save(trainer, data, run.path, step)
                 saved = step
@@ -224,21 +231,28 @@ def _evaluate(trainer: Trainer, data: Dataset, log: Log, step: int) -> dict[str,
     return results
 
 
-def _check_numbers(trainer: Trainer, run: Path) -> None:
-    """Stop on the device's marks; they are equal on all ranks, so all ranks stop together."""
+def _report(trainer: Trainer, log: Log, reading: Reading, stop: int, per_epoch: int, run: Path) -> None:
+    """Log what was sent, and stop on the guard's marks; they are equal on all ranks, so all ranks stop together."""
+    step, values = reading.step, reading.values()
+    diverged, skipped = int(values.pop("diverged")), int(values["skipped_in_a_row"])
+    if not trainer.guard.fp16:
+        del values["skipped_in_a_row"]
+    record = {**{LOGGED.get(name, f"train/{name}"): value for name, value in values.items()}, **reading.known}
+    log.record(step, record)
+    log.line(progress(step, stop, (step - 1) // per_epoch, record, reading.left_s))
+    if diverged < 0:
+        return
     kept = checkpoint.steps(run)
     way_out = f"the last good checkpoint is step {kept[-1]}" if kept else "no checkpoint was written yet"
-    diverged, skipped = int(trainer.guard.diverged), int(trainer.guard.skipped)
-    if diverged >= 0 and skipped < MAX_SKIPPED:
+    if skipped < MAX_SKIPPED:
         raise DivergedError(
             f"train: loss, features and gradients must be finite, got NaN or inf at step {diverged}; {way_out}; "
             "lower optim.lr, lengthen optim.warmup_epochs or use --precision fp32"
         )
-    if diverged >= 0:
-        raise DivergedError(
-            f"train: fp16 gradients must be finite, got {skipped} overflows in a row up to step {diverged}; {way_out}; "
-            "use --precision bf16 or fp32"
-        )
+    raise DivergedError(
+        f"train: fp16 gradients must be finite, got {skipped} overflows in a row up to step {diverged}; {way_out}; "
+        "use --precision bf16 or fp32"
+    )
 
 
 class Mark:
@@ -300,6 +314,13 @@ def _opening(trainer: Trainer, data: Dataset, run: Path, start: int, stop: int, 
             f"optim.accumulate={config.optim.accumulate}: BatchNorm works per micro-batch of "
             f"{config.optim.batch_size // config.optim.accumulate} images; bank, EMA and weights move once per step"
         )
+    if isinstance(trainer.model.encoder, ResNet):
+        images = config.optim.batch_size // (config.optim.accumulate * world.size)
+        groups = [group for group in _crops(config) if group[0]]
+        dtype = DTYPES[trainer.precision]
+        kept = budget.activations(trainer.model, groups, images, config.data.channels, dtype)
+        state = budget.state_bytes(trainer.method, trainer.ema)
+        lines.append(budget.budget_line(kept, images, state, memory.available(world.device)))
     return lines
 
 

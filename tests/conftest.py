@@ -14,6 +14,8 @@ from PIL import Image
 # Without a GPU the Triton kernels run in Triton's interpreter; Triton reads this when a kernel is defined.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# Tests that ask torch for deterministic algorithms would be refused by cuBLAS without this.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Two test processes that spin for each other's cores are slower than one thread each.
 torch.set_num_threads(1)

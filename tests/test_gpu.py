@@ -1,25 +1,109 @@
-"""What only a GPU can show: the loader on the device, a training from end to end, no host sync inside a step."""
+"""What only a GPU can show: the loader on the device, the step as one graph, no host sync, training from end to end."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import SETTINGS
+from conftest import SETTINGS, settings_for
+from torch import Tensor
 
 from fastrex import config as c
 from fastrex import distributed, trainer
 from fastrex.data.dataset import open_dataset
+from fastrex.data.loader import Batch
 from fastrex.step import Trainer
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU on this machine")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU on this machine"),
+    # What torch says of its own switches.
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Please use the new API settings to control TF32:UserWarning"),
+]
+DEVICE = "cuda"
+Make = Callable[[int], list[Batch]]
+# The graph is captured by the fourth step.
+CAPTURED = 5
 
 
 def configuration(data: Path, *more: str) -> c.Config:
     return c.load("demo", [*SETTINGS, f"data.path={json.dumps(str(data))}", *more])
+
+
+@contextlib.contextmanager
+def opened(*words: str, objective: str = "class_means", device: str = DEVICE) -> Iterator[tuple[Trainer, Make]]:
+    """A small trainer on synthetic data, and its micro-batches by step: other numbers in every step."""
+    config = c.load("demo", [*settings_for(objective), "data.path=synthetic", *words])
+    with distributed.world(device) as world:
+        # The same algorithms in every run, so that two can be compared.
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+        config = trainer.resolve(config, world)
+        data = open_dataset(config, world)
+        with data.batches(0, 1, world) as loader:
+            pattern = list(loader)
+
+        def make(step: int) -> list[Batch]:
+            random = torch.Generator().manual_seed(step)
+            return [fresh(batch, step, random, len(data.classes)) for batch in pattern]
+
+        try:
+            yield Trainer(config, len(data.classes), world), make
+        finally:
+            torch.backends.cudnn.deterministic = False
+
+
+def fresh(batch: Batch, step: int, random: torch.Generator, classes: int) -> Batch:
+    crops = tuple(
+        torch.randn(crop.shape, generator=random).to(crop.device).contiguous(memory_format=torch.channels_last)
+        for crop in batch.crops
+    )
+    target = torch.randint(classes, batch.target.shape, generator=random).to(batch.target.device)
+    return dataclasses.replace(batch, step=step, crops=crops, target=target)
+
+
+def lr(step: int) -> float:
+    """Another one in every step: a graph must not keep the one that it was captured with."""
+    return 0.02 * (1 + step % 4)
+
+
+def losses(run: Trainer, make: Make, start: int, stop: int) -> list[float]:
+    return [float(run.step(step, make(step), lr(step))["loss"]) for step in range(start, stop)]
+
+
+def tensors(run: Trainer) -> dict[str, Tensor]:
+    """Copies of the whole state."""
+    return {f"{part}.{name}": t.clone() for part, found in run.parts().items() for name, t in found.items()}
+
+
+def learnt(run: Trainer) -> dict[str, Tensor]:
+    """Copies of what a skipped step must not touch; BatchNorm's statistics and the guard are not among it."""
+    found = dict(run.method.named_parameters())
+    found |= {} if run.ema is None else {f"ema.{name}": p for name, p in run.ema.named_parameters()}
+    return {name: p.detach().clone() for name, p in {**found, **run.optimizer.state()}.items()}
+
+
+def apart(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    """The largest relative difference of a tensor, by its norm; infinite where one is not finite."""
+    assert left.keys() == right.keys()
+    worst = 0.0
+    for name, value in left.items():
+        a, b = value.double().cpu(), right[name].double().cpu()
+        if not (a.isfinite().all() and b.isfinite().all()):
+            return float("inf")
+        worst = max(worst, float((a - b).norm() / b.norm().clamp(min=1e-6)))
+    return worst
+
+
+def captured(run: Trainer) -> None:
+    assert run.graph is not None
+    assert run.graph.captured, run.graph.reason
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -68,22 +152,222 @@ def test_a_run_on_the_gpu_completes_and_resumes(stripes: Path, tmp_path: Path, p
     assert result.metrics["eval/images"] == 16
 
 
+@pytest.mark.parametrize("graph", ["on", "off"])
 @pytest.mark.parametrize("objective", ["class_means", "cosine_softmax"])
-def test_a_step_on_synthetic_data_never_waits_for_the_device(objective: str) -> None:
-    settings = [s for s in SETTINGS if not s.startswith("objective.")]
-    config = c.load("demo", [*settings, "data.path=synthetic", f"objective.name={objective}", "optim.precision=bf16"])
-    config = trainer.resolve(config, distributed.World(0, 1, 0, 1, torch.device("cuda", 0)))
-    with distributed.world("cuda") as world:
-        data = open_dataset(config, world)
-        run = Trainer(config, len(data.classes), world)
-        with data.batches(0, 4, world) as loader:
-            batches = list(loader)
-        run.step(0, batches[:1], 0.1)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_step_on_synthetic_data_never_waits_for_the_device(graph: str, objective: str, precision: str) -> None:
+    words = (f"optim.precision={precision}", f"run.cuda_graph={graph}")
+    with opened(*words, objective=objective) as (run, make):
+        batches = [make(step) for step in range(CAPTURED + 4)]
+        for step in range(CAPTURED):
+            run.step(step, batches[step], lr(step))
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            for number, batch in enumerate(batches[1:], 1):
-                run.step(number, [batch], 0.1)
+            for step in range(CAPTURED, CAPTURED + 4):
+                run.step(step, batches[step], lr(step))
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        if graph == "on":
+            captured(run)
         assert int(run.guard.diverged) == -1
+
+
+@pytest.mark.parametrize("objective", ["class_means", "cosine_softmax"])
+@pytest.mark.parametrize(
+    ("precision", "accumulate", "tolerance"), [("fp32", 1, 1e-3), ("bf16", 1, 1e-2), ("fp16", 2, 1e-2)]
+)
+def test_the_graph_computes_what_eager_steps_do(
+    objective: str, precision: str, accumulate: int, tolerance: float
+) -> None:
+    words = (f"optim.precision={precision}", f"optim.accumulate={accumulate}")
+    found: dict[str, tuple[list[float], dict[str, Tensor]]] = {}
+    for graph in ("off", "on"):
+        with opened(*words, f"run.cuda_graph={graph}", objective=objective) as (run, make):
+            values = losses(run, make, 0, CAPTURED + 1)
+            look(run)  # an evaluation between two replays
+            values += losses(run, make, CAPTURED + 1, CAPTURED + 5)
+            assert int(run.guard.diverged) == -1
+            if graph == "off":
+                assert run.graph is None
+            else:
+                captured(run)
+            found[graph] = values, tensors(run)
+    assert len(set(found["on"][0])) == CAPTURED + 5  # no replay shows an old batch or an old result
+    assert found["on"][0] == pytest.approx(found["off"][0], rel=tolerance)
+    assert apart(found["on"][1], found["off"][1]) < 10 * tolerance
+
+
+def look(run: Trainer) -> None:
+    """What an evaluation does to the model."""
+    run.method.eval()
+    with torch.no_grad(), run.autocast():
+        images = torch.randn(6, 3, 32, 32, device=DEVICE).contiguous(memory_format=torch.channels_last)
+        assert run.model.encoder(images).isfinite().all()
+    run.method.train()
+
+
+def test_a_graph_goes_on_from_tensors_that_were_loaded() -> None:
+    with opened("run.cuda_graph=on", "optim.precision=bf16") as (run, make):
+        losses(run, make, 0, CAPTURED)
+        captured(run)
+        kept = {part: {name: t.clone() for name, t in found.items()} for part, found in run.parts().items()}
+        first, state = losses(run, make, CAPTURED, CAPTURED + 3), tensors(run)
+        run.load(kept)
+        assert losses(run, make, CAPTURED, CAPTURED + 3) == pytest.approx(first, rel=1e-3)
+        assert apart(tensors(run), state) < 1e-2
+
+
+def test_replays_take_no_more_memory() -> None:
+    with opened("run.cuda_graph=on") as (run, make):
+        losses(run, make, 0, CAPTURED + 2)
+        before = torch.cuda.memory_allocated()
+        losses(run, make, CAPTURED + 2, CAPTURED + 12)
+        assert torch.cuda.memory_allocated() <= before
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_momentum_encoder_on_a_stream_of_its_own_changes_nothing(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Same(torch.cuda.Stream):
+        """No stream of its own: everything in the order in which it is written."""
+
+        def __new__(cls, *arguments: Any, **options: Any) -> Any:
+            return torch.cuda.current_stream()
+
+    def outcome() -> tuple[list[float], dict[str, Tensor]]:
+        with opened("run.cuda_graph=off", f"optim.precision={precision}") as (run, make):
+            return losses(run, make, 0, 8), tensors(run)
+
+    beside = outcome()
+    monkeypatch.setattr(torch.cuda, "Stream", Same)
+    alone = outcome()
+    assert beside[0] == pytest.approx(alone[0], rel=1e-4)
+    assert apart(beside[1], alone[1]) < 1e-3
+
+
+@pytest.mark.parametrize("bn", ["fused", "torch"])
+def test_every_activation_is_channels_last(bn: str) -> None:
+    with opened(f"model.bn={bn}", "optim.precision=bf16", "run.cuda_graph=off", "model.width=16") as (run, make):
+        wrong: list[str] = []
+
+        def check(name: str) -> Any:
+            def hook(module: Any, inputs: Any, output: Any) -> None:
+                if isinstance(output, Tensor) and output.dim() == 4:
+                    seen.append(name)
+                    if not output.is_contiguous(memory_format=torch.channels_last):
+                        wrong.append(f"{name}: {tuple(output.shape)} {output.stride()}")
+
+            return hook
+
+        seen: list[str] = []
+        for root in (run.model, run.ema):
+            for name, module in [] if root is None else root.named_modules():
+                module.register_forward_hook(check(name))
+        run.step(0, make(0), 0.1)
+        assert len(seen) > 20
+        assert not wrong
+
+
+def test_no_kernel_transposes_an_activation() -> None:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with opened("optim.precision=bf16", "run.cuda_graph=off", "model.width=16") as (run, make):
+        losses(run, make, 0, 3)
+        with torch.profiler.profile(activities=activities) as profile:
+            losses(run, make, 3, 4)
+        names = {event.key for event in profile.key_averages()}
+        turned = [name for name in names if "nchwtonhwc" in name.lower() or "nhwctonchw" in name.lower()]
+        assert not turned
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_in_every_precision_trains(precision: str) -> None:
+    with opened(f"optim.precision={precision}") as (run, make):
+        before = learnt(run)
+        values = losses(run, make, 0, 6)
+        assert all(value == pytest.approx(values[0], rel=0.5) for value in values)
+        assert (int(run.guard.diverged), int(run.guard.skipped)) == (-1, 0)
+        after = learnt(run)
+        assert all(t.isfinite().all() for t in after.values())
+        moved = [not torch.equal(t, before[name]) for name, t in after.items()]
+        assert sum(moved) > 0.9 * len(moved)
+        assert all(p.dtype == torch.float32 for p in run.method.parameters())
+
+
+@pytest.mark.parametrize("graph", ["on", "off"])
+def test_an_fp16_overflow_skips_the_step_and_halves_the_scale(graph: str) -> None:
+    with opened("optim.precision=fp16", f"run.cuda_graph={graph}") as (run, make):
+        run.guard.scale.fill_(1024.0)
+        losses(run, make, 0, CAPTURED)
+        if graph == "on":
+            captured(run)
+        before = learnt(run)
+        run.guard.scale.fill_(2.0**40)
+        losses(run, make, CAPTURED, CAPTURED + 1)
+        assert (int(run.guard.skipped), int(run.guard.diverged)) == (1, -1)
+        assert float(run.guard.scale) == 2.0**39
+        assert all(torch.equal(t, before[name]) for name, t in learnt(run).items())
+        run.guard.scale.fill_(1024.0)
+        losses(run, make, CAPTURED + 1, CAPTURED + 2)
+        assert (int(run.guard.skipped), int(run.guard.diverged)) == (0, -1)
+        assert not all(torch.equal(t, before[name]) for name, t in learnt(run).items())
+
+
+@pytest.mark.parametrize("graph", ["on", "off"])
+def test_numbers_gone_bad_stop_every_update(graph: str) -> None:
+    with opened(f"run.cuda_graph={graph}") as (run, make):
+        losses(run, make, 0, CAPTURED)
+        before = learnt(run)
+        (batch,) = make(CAPTURED)
+        batch.crops[0][0, 0, 0, 0] = torch.nan
+        run.step(CAPTURED, [batch], 0.1)
+        losses(run, make, CAPTURED + 1, CAPTURED + 3)
+        assert int(run.guard.diverged) == CAPTURED
+        assert all(torch.equal(t, before[name]) for name, t in learnt(run).items())
+
+
+def test_the_gpu_computes_what_the_cpu_does() -> None:
+    found = {}
+    for device in ("cpu", DEVICE):
+        with opened("optim.precision=fp32", device=device) as (run, make):
+            found[device] = losses(run, make, 0, 6)
+    assert found[DEVICE][0] == pytest.approx(found["cpu"][0], rel=2e-3)
+    assert found[DEVICE] == pytest.approx(found["cpu"], rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    "word", ["model.bn=torch", "optim.impl=torch", "model.recompute=blocks", "model.recompute=passes"]
+)
+@pytest.mark.parametrize("graph", ["on", "off"])
+def test_another_way_to_compute_the_step_computes_the_same(word: str, graph: str) -> None:
+    found = []
+    for more in ((), (word,)):
+        with opened("optim.precision=fp32", f"run.cuda_graph={graph}", *more) as (run, make):
+            found.append(losses(run, make, 0, CAPTURED + 3))
+            assert int(run.guard.diverged) == -1
+    assert found[1][0] == pytest.approx(found[0][0], rel=2e-3)
+    assert found[1] == pytest.approx(found[0], rel=2e-2)
+
+
+@pytest.mark.parametrize("bn", ["fused", "torch"])
+def test_a_training_on_synthetic_data_completes_and_resumes(bn: str, tmp_path: Path) -> None:
+    words = ["data.path=synthetic", "run.cuda_graph=on", f"model.bn={bn}", "optim.precision=bf16"]
+    config = c.load("demo", [*SETTINGS, *words, "run.log_every=3"])
+    assert trainer.train(config, out=tmp_path / "run", max_steps=8, device=DEVICE).state == "completed"
+    result = trainer.train(None, out=tmp_path / "run", resume="must", max_steps=14, device=DEVICE)
+    assert (result.state, result.step) == ("completed", 14)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    logged = [record["train/loss"] for record in map(json.loads, lines) if "train/loss" in record]
+    assert len(logged) >= 4
+    assert all(0 < loss < 20 for loss in logged)
+
+
+# Dynamo and Inductor use what torch has deprecated.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_a_compiled_step_computes_the_same() -> None:
+    found = []
+    for compiled in ("false", "true"):
+        with opened("optim.precision=fp32", f"run.compile={compiled}", "run.cuda_graph=off") as (run, make):
+            found.append(losses(run, make, 0, 3))
+    assert found[1] == pytest.approx(found[0], rel=2e-2)

@@ -10,14 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision_shim import import_timm, import_torchvision
 
 from fastrex.config import ModelConfig, ProjectorConfig
 from fastrex.errors import FastrexError
 from fastrex.model.ema import make_ema
+from fastrex.model.layers import attach_copies
 from fastrex.model.multicrop import MultiCropModel, set_process_group
+from fastrex.model.norm import BatchNormAct
 from fastrex.model.projector import Projector
-from fastrex.model.resnet import ARCHS, BatchNormAct, ResNet, build_encoder, infer_arch, match_channels
+from fastrex.model.resnet import ARCHS, ResNet, build_encoder, infer_arch, match_channels
 
 
 def count(module: nn.Module) -> int:
@@ -110,6 +113,69 @@ def test_parameter_counts_of_the_paper() -> None:
             assert count(Projector(2048, ProjectorConfig(hidden_layers=layers))) == parameters
 
 
+class Layouts(TorchDispatchMode):
+    """Notes every 4-d result that is not channels-last, and every copy from one layout to another."""
+
+    COPIES = ("aten::clone", "aten::copy_", "aten::_to_copy", "aten::contiguous")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+        self.wrong: list[str] = []
+
+    @staticmethod
+    def fits(tensor: Tensor) -> bool:
+        # One value for many places (a mean's gradient) is no layout yet.
+        broadcast = any(stride == 0 < size - 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return broadcast or tensor.is_contiguous(memory_format=torch.channels_last)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        tensors = [t for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, Tensor)]
+        if name in self.COPIES:
+            tensors += [t for t in args[:2] if isinstance(t, Tensor)]
+        images = [t for t in tensors if t.dim() == 4]
+        self.seen += len(images)
+        self.wrong += [f"{name} {tuple(t.shape)} {t.stride()}" for t in images if not self.fits(t)]
+        return out
+
+
+@pytest.mark.parametrize("bn", ["fused", "torch"])
+@pytest.mark.parametrize(
+    ("arch", "stem", "recompute"),
+    [
+        *((arch, stem, "none") for arch in ("resnet18", "resnet50") for stem in ("imagenet", "small")),
+        *(("resnet50", "imagenet", recompute) for recompute in ("blocks", "passes")),
+    ],
+)
+def test_no_activation_is_ever_transposed(arch: str, stem: str, bn: str, recompute: str) -> None:
+    encoder = ResNet(arch, stem=stem, width=8, bn=bn)
+    projector = Projector(encoder.num_features, ProjectorConfig(hidden_layers=1, hidden_dim=8, out_dim=4), bn=bn)
+    model = MultiCropModel(encoder, projector, recompute)
+    attach_copies(model, torch.bfloat16)
+    sizes = ((2, 64), (4, 32)) if stem == "imagenet" else ((2, 32), (4, 16))
+    batch = [torch.randn(n, 3, s, s).contiguous(memory_format=torch.channels_last) for n, s in sizes]
+    with Layouts() as layouts:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(batch)
+        torch.autograd.backward(out.float().square().sum())
+    assert layouts.wrong == []
+    assert layouts.seen > (400 if arch == "resnet50" else 150)
+
+
+def test_the_watch_over_layouts_sees_a_transpose() -> None:
+    x = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    with Layouts() as layouts:
+        x.contiguous()
+    assert any(note.startswith("aten::clone (2, 3, 4, 4) (48, 16, 4, 1)") for note in layouts.wrong)
+    # What PyTorch's own pool hands back.
+    y = x.clone().requires_grad_()
+    with Layouts() as layouts:
+        torch.autograd.backward(nn.functional.adaptive_avg_pool2d(y, 1).sum())
+    assert layouts.wrong
+
+
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
 @pytest.mark.parametrize("channels_last_input", [False, True])
 @pytest.mark.parametrize("channels", [3, 1])
@@ -117,8 +183,6 @@ def test_every_activation_is_channels_last(stem: str, channels_last_input: bool,
     encoder = ResNet("resnet50", stem=stem, width=8, channels=channels)
     seen: list[str] = []
     wrong: list[str] = []
-    # The pool hands these a broadcast gradient of no real layout; one ReLU further down it is channels-last.
-    last = ("layer4", "layer4.2", "layer4.2.bn3")
 
     def check(name: str, tensor: Tensor) -> None:
         if tensor.dim() == 4:
@@ -129,8 +193,7 @@ def test_every_activation_is_channels_last(stem: str, channels_last_input: bool,
     def watch(name: str, module: nn.Module) -> None:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             check(name, output)
-            if name not in last:
-                output.register_hook(partial(check, f"gradient of {name}"))  # type: ignore[no-untyped-call]
+            output.register_hook(partial(check, f"gradient of {name}"))  # type: ignore[no-untyped-call]
 
         module.register_forward_hook(hook)
 
@@ -342,7 +405,7 @@ def test_set_process_group_converts_plain_batch_norms_and_keeps_their_values() -
 )
 def test_set_process_group_refuses_batch_norms_that_would_stay_local(norm: nn.Module) -> None:
     net = nn.Sequential(nn.Sequential(norm))
-    with pytest.raises(FastrexError, match=r"set_process_group: 0\.0 must be a plain nn\.BatchNorm2d"):
+    with pytest.raises(FastrexError, match=r"the layer 0\.0 must be a plain nn\.BatchNorm2d"):
         set_process_group(net, Group())
     set_process_group(net, None)
 

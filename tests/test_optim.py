@@ -15,6 +15,7 @@ from fastrex.schedule import Schedule, from_config
 from fastrex_kernels import sgd_ema_
 
 FALSE, TRUE = torch.tensor(False), torch.tensor(True)
+number = torch.tensor
 
 
 def test_published_schedule() -> None:
@@ -111,16 +112,17 @@ def test_parameters_without_gradient_stay() -> None:
     before = net[1].weight.clone()
     net[0](torch.ones(1, 2)).sum().backward()
     assert torch.isfinite(optimizer.grad_norm())
-    optimizer.step(0.1, FALSE, None)
+    optimizer.set_lr(0.1)
+    optimizer.step(FALSE, None)
     assert torch.equal(net[1].weight, before)
 
 
 def test_guard_marks_the_first_bad_step_and_freezes() -> None:
     guard = Guard(fp16=False)
-    assert [bool(x) for x in guard.judge(5, TRUE, TRUE)] == [False, True]
-    assert [bool(x) for x in guard.judge(6, TRUE, FALSE)] == [True, False]
-    assert [bool(x) for x in guard.judge(7, FALSE, FALSE)] == [True, False]
-    assert [bool(x) for x in guard.judge(8, TRUE, TRUE)] == [True, False]
+    assert [bool(x) for x in guard.judge(number(5), TRUE, TRUE)] == [False, True]
+    assert [bool(x) for x in guard.judge(number(6), TRUE, FALSE)] == [True, False]
+    assert [bool(x) for x in guard.judge(number(7), FALSE, FALSE)] == [True, False]
+    assert [bool(x) for x in guard.judge(number(8), TRUE, TRUE)] == [True, False]
     assert int(guard.diverged) == 6
 
 
@@ -128,28 +130,28 @@ def test_fp16_overflow_halves_the_scale_and_keeps_the_bank() -> None:
     guard = Guard(fp16=True)
     start = float(guard.scale)
     for n in range(1, 4):
-        assert [bool(x) for x in guard.judge(n, TRUE, FALSE)] == [True, True]
+        assert [bool(x) for x in guard.judge(number(n), TRUE, FALSE)] == [True, True]
         assert float(guard.scale) == start / 2**n
         assert int(guard.skipped) == n
-    assert [bool(x) for x in guard.judge(4, TRUE, TRUE)] == [False, True]
+    assert [bool(x) for x in guard.judge(number(4), TRUE, TRUE)] == [False, True]
     assert int(guard.skipped) == 0
     for n in range(GROWTH_INTERVAL - 1):
-        guard.judge(n, TRUE, TRUE)
+        guard.judge(number(n), TRUE, TRUE)
     assert float(guard.scale) == start / 4
     assert int(guard.diverged) == -1
-    guard.judge(9, FALSE, FALSE)
+    guard.judge(number(9), FALSE, FALSE)
     assert int(guard.diverged) == 9
 
 
 def test_too_many_overflows_in_a_row_are_latched() -> None:
     guard = Guard(fp16=True)
     for n in range(MAX_SKIPPED - 1):
-        assert bool(guard.judge(n, TRUE, FALSE)[1])
-    skip, keep = guard.judge(MAX_SKIPPED - 1, TRUE, FALSE)
+        assert bool(guard.judge(number(n), TRUE, FALSE)[1])
+    skip, keep = guard.judge(number(MAX_SKIPPED - 1), TRUE, FALSE)
     assert (bool(skip), bool(keep)) == (True, False)
     scale = float(guard.scale)
     # A good step afterwards, before anybody looked, changes nothing any more.
-    assert [bool(x) for x in guard.judge(MAX_SKIPPED, TRUE, TRUE)] == [True, False]
+    assert [bool(x) for x in guard.judge(number(MAX_SKIPPED), TRUE, TRUE)] == [True, False]
     assert (int(guard.diverged), int(guard.skipped), float(guard.scale)) == (MAX_SKIPPED - 1, MAX_SKIPPED, scale)
 
 

@@ -94,15 +94,17 @@ def test_torch_free_files(name: str, allowed: set[str]) -> None:
 
 
 def test_leaves() -> None:
-    for name in ("distributed", "checkpoint", "optim"):
+    for name, more in (("apex", ()), ("distributed", ()), ("checkpoint", ()), ("sgd", ("apex",)), ("optim", ("sgd",))):
         ours = {n for n in imported(ROOT / "fastrex" / f"{name}.py") if n.startswith("fastrex.")}
-        assert ours <= {"fastrex.config", "fastrex.errors", "fastrex.distributed"}, name
+        allowed = {f"fastrex.{n}" for n in ("config", "errors", "distributed", *more)}
+        assert ours <= allowed, name
 
 
 @pytest.mark.parametrize("folder", ["data", "model", "objectives"])
 def test_folders_do_not_know_one_another(folder: str) -> None:
     allowed = (
-        *("fastrex.config", "fastrex.settings", "fastrex.errors", "fastrex.distributed", "fastrex_kernels"),
+        *("fastrex.config", "fastrex.settings", "fastrex.errors", "fastrex.distributed", "fastrex.apex"),
+        "fastrex_kernels",
         f"fastrex.{folder}",
     )
     for path in (ROOT / "fastrex" / folder).glob("*.py"):

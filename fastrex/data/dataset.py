@@ -27,6 +27,8 @@ from .plan import notices as plan_notices
 from .sources import find_source
 from .synthetic import SyntheticLoader
 
+# Crops arrive as the network computes: it would round them to that in its first layer.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SYNTHETIC = "synthetic"
 SYNTHETIC_CLASSES = 1000
 SYNTHETIC_IMAGES = 1_281_167
@@ -69,7 +71,7 @@ class Dataset:
         config = self.config
         share: dict[str, Any] = {
             "device": world.device,
-            "dtype": torch.float32,
+            "dtype": DTYPES.get(config.optim.precision, torch.float32),
             "start": start,
             "stop": stop,
             "micros": config.optim.accumulate,

@@ -1,4 +1,5 @@
-"""Encoder and projector over the crops of a batch, and the group of ranks that their batch norms share."""
+"""Encoder and projector over the crops of a batch, what of it is computed again in the backward, and the group of ranks
+that their batch norms share."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FastrexError
-from .resnet import BatchNormAct
+from .norm import BatchNormAct, check_group
+from .recompute import recomputed
+from .resnet import ARCHS, Block, ResNet
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -22,12 +25,30 @@ class MultiCropModel(nn.Module):
     Args:
         encoder: module [B, C, H, W] -> [B, D].
         projector: module [N, D] -> [N, out_dim].
+        recompute: ``none``; ``blocks``: of each residual block the backward keeps the input only; ``passes``: of each
+            resolution but the last it keeps the images only. The backward comes to the last one first, so that what is
+            kept is never more than the activations of one resolution. Plain ``nn.BatchNorm2d`` layers (of a timm
+            encoder) become :class:`BatchNormAct`, which know a forward that is repeated.
+
+    Raises:
+        FastrexError: ``blocks`` with an encoder that has none, or a batch norm that would count a batch twice.
     """
 
-    def __init__(self, encoder: nn.Module, projector: nn.Module) -> None:
+    def __init__(self, encoder: nn.Module, projector: nn.Module, recompute: str = "none") -> None:
         super().__init__()
         self.encoder = encoder
         self.projector = projector
+        self.recompute = recompute
+        blocks = [module for module in encoder.modules() if isinstance(module, Block)]
+        for block in blocks:
+            block.recompute = recompute == "blocks"
+        if recompute == "blocks" and not blocks:
+            raise FastrexError(
+                f"train: model.recompute=blocks must have an encoder of residual blocks ({', '.join(ARCHS)}), got "
+                f"{type(encoder).__name__}; set model.recompute=passes"
+            )
+        if recompute != "none":
+            _replace_norms(encoder, "used with model.recompute", "set model.recompute=none")
 
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
         """Project all crops: groups of [K*B, C, S, S], crop-major, -> [N, out_dim] in the order of the groups.
@@ -37,8 +58,12 @@ class MultiCropModel(nn.Module):
         """
         if not crops:
             raise ValueError("MultiCropModel: crops must hold at least one group, got none")
-        passes = [list(group) for _, group in groupby(crops, key=lambda crop: crop.shape[-2:])]
-        features = [self.encode(group[0] if len(group) == 1 else torch.cat(group)) for group in passes]
+        groups = [list(group) for _, group in groupby(crops, key=lambda crop: crop.shape[-2:])]
+        passes = [group[0] if len(group) == 1 else torch.cat(group) for group in groups]
+        again = len(passes) - 1 if self.recompute == "passes" and torch.is_grad_enabled() else 0
+        random = not isinstance(self.encoder, ResNet)
+        features = [recomputed(self.encode, x, random=random) for x in passes[:again]]
+        features += [self.encode(x) for x in passes[again:]]
         out: Tensor = self.projector(features[0] if len(features) == 1 else torch.cat(features))
         return out
 
@@ -55,31 +80,35 @@ def set_process_group(module: nn.Module, group: ProcessGroup | None) -> None:
 
     Raises:
         FastrexError: with a group, when another kind of batch norm stands in the module (its statistics would silently
-            stay local).
+            stay local), or a backend that cannot join batches on the module's device.
     """
+    if group is not None:
+        _replace_norms(module, "synchronised over ranks", "train in one process")
+    for layer in module.modules():
+        if isinstance(layer, BatchNormAct):
+            if group is not None:
+                check_group(layer.backend, layer.weight.device)
+            layer.process_group = group
+
+
+def _replace_norms(module: nn.Module, purpose: str, way_out: str) -> None:
+    """Make a :class:`BatchNormAct` of every batch norm that is not ours."""
     replaced: dict[nn.Module, BatchNormAct] = {}
     for parent_name, parent in list(module.named_modules()):
-        if isinstance(parent, BatchNormAct):
-            parent.process_group = group
-        if group is None:
-            continue
         for name, child in list(parent.named_children()):
             if not isinstance(child, nn.modules.batchnorm._BatchNorm):
                 continue
             if child not in replaced:
-                replaced[child] = _convert(child, f"{parent_name}.{name}".removeprefix("."), group)
+                path = f"{parent_name}.{name}".removeprefix(".")
+                replaced[child] = _convert(child, f"{path} must be a plain nn.BatchNorm2d to be {purpose}", way_out)
             setattr(parent, name, replaced[child])
 
 
-def _convert(norm: nn.modules.batchnorm._BatchNorm, name: str, group: ProcessGroup) -> BatchNormAct:
+def _convert(norm: nn.modules.batchnorm._BatchNorm, requirement: str, way_out: str) -> BatchNormAct:
     if type(norm) is not nn.BatchNorm2d or not norm.affine or not norm.track_running_stats or norm.momentum is None:
-        raise FastrexError(
-            f"set_process_group: {name} must be a plain nn.BatchNorm2d to be synchronised over ranks, got {norm}; "
-            f"choose another encoder or train in one process"
-        )
+        raise FastrexError(f"train: the layer {requirement}, got {norm}; choose another encoder or {way_out}")
     new = BatchNormAct(norm.num_features, relu=False, eps=norm.eps, momentum=norm.momentum)
     # The very tensors, so that optimisers and state dicts that know them stay right.
     for tensor in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
         setattr(new, tensor, getattr(norm, tensor))
-    new.process_group = group
     return new.train(norm.training)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .resnet import BatchNormAct
+from .layers import Linear
+from .norm import BatchNormAct
 
 if TYPE_CHECKING:
     from ..config import ProjectorConfig
@@ -24,20 +25,27 @@ class Projector(nn.Module):
         cfg: ``hidden_layers`` (L; 0 leaves the last layer alone), ``hidden_dim``, ``out_dim``, ``input_norm``.
         bn_momentum: momentum of the running statistics.
         bn_eps: eps of the batch normalisation.
+        bn: what computes the batch norms, see :mod:`fastrex.model.norm`.
     """
 
     def __init__(
-        self, in_features: int, cfg: ProjectorConfig, *, bn_momentum: float = 0.1, bn_eps: float = 1e-5
+        self,
+        in_features: int,
+        cfg: ProjectorConfig,
+        *,
+        bn_momentum: float = 0.1,
+        bn_eps: float = 1e-5,
+        bn: str = "fused",
     ) -> None:
         super().__init__()
         self.input_norm = cfg.input_norm
         layers: list[nn.Module] = []
         features = in_features
         for _ in range(cfg.hidden_layers):
-            norm = BatchNormAct(cfg.hidden_dim, relu=False, eps=bn_eps, momentum=bn_momentum)
-            layers += [nn.Linear(features, cfg.hidden_dim), norm, nn.GELU()]
+            norm = BatchNormAct(cfg.hidden_dim, relu=False, eps=bn_eps, momentum=bn_momentum, backend=bn)
+            layers += [Linear(features, cfg.hidden_dim), norm, nn.GELU()]
             features = cfg.hidden_dim
-        layers.append(nn.Linear(features, cfg.out_dim, bias=False))
+        layers.append(Linear(features, cfg.out_dim, bias=False))
         self.layers = nn.Sequential(*layers)
         for layer in layers:
             if isinstance(layer, nn.Linear):

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
-from fastrex_kernels.batch_norm_act import batch_norm_act
-
 from ..errors import FastrexError, UsageError
 from ..settings import nearest
+from .layers import Conv2d, global_average
+from .norm import BatchNormAct
+from .recompute import recomputed
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
     from ..config import ModelConfig
 
 ARCHS: dict[str, tuple[bool, tuple[int, int, int, int]]] = {
@@ -36,90 +35,44 @@ ARCHS: dict[str, tuple[bool, tuple[int, int, int, int]]] = {
 STEMS = ("imagenet", "small")
 
 
-class BatchNormAct(nn.Module):
-    """Batch normalisation with an optional residual sum and ReLU, through the op ``batch_norm_act``.
-
-    Parameters and buffers have the names and meanings of ``torch.nn.BatchNorm2d``; inputs are [N, C] or [N, C, H, W].
-
-    Attributes:
-        process_group: None for statistics of this rank's batch, or the group whose joined batch they are taken from.
-    """
-
-    process_group: ProcessGroup | None
-    weight: nn.Parameter
-    bias: nn.Parameter
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-
-    def __init__(self, num_features: int, *, relu: bool = True, eps: float = 1e-5, momentum: float = 0.1) -> None:
-        super().__init__()
-        self.num_features = num_features
-        self.relu = relu
-        self.eps = eps
-        self.momentum = momentum
-        self.process_group = None
-        self.weight = nn.Parameter(torch.ones(num_features))
-        self.bias = nn.Parameter(torch.zeros(num_features))
-        self.register_buffer("running_mean", torch.zeros(num_features))
-        self.register_buffer("running_var", torch.ones(num_features))
-        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Normalise ``x``, add ``residual`` (same shape), apply the ReLU if this layer has one."""
-        if self.training:
-            self.num_batches_tracked.add_(1)
-        return batch_norm_act(
-            x,
-            self.weight,
-            self.bias,
-            self.running_mean,
-            self.running_var,
-            residual=residual,
-            relu=self.relu,
-            training=self.training,
-            momentum=self.momentum,
-            eps=self.eps,
-            process_group=self.process_group,
-        )
-
-    def extra_repr(self) -> str:
-        return f"{self.num_features}, relu={self.relu}, eps={self.eps}, momentum={self.momentum}"
-
-
 Norm = Callable[..., BatchNormAct]
 
 
-def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
+class Block(nn.Module):
+    """Residual block: 3x3, 3x3 (basic) or 1x1, 3x3, 1x1 (bottleneck); the first 3x3 carries the stride (v1.5).
 
+    Attributes:
+        recompute: keep only the input for the backward, and compute the rest again there.
+    """
 
-class _Block(nn.Module):
-    """Residual block: 3x3, 3x3 (basic) or 1x1, 3x3, 1x1 (bottleneck); the first 3x3 carries the stride (v1.5)."""
+    recompute = False
 
     def __init__(self, inputs: int, planes: int, stride: int, bottleneck: bool, norm: Norm) -> None:
         super().__init__()
         outputs = planes * (4 if bottleneck else 1)
         if bottleneck:
-            self.conv1 = _conv(inputs, planes, 1)
+            self.conv1 = Conv2d(inputs, planes, 1)
             self.bn1 = norm(planes)
-            self.conv2 = _conv(planes, planes, 3, stride)
+            self.conv2 = Conv2d(planes, planes, 3, stride)
             self.bn2 = norm(planes)
-            self.conv3: nn.Conv2d | None = _conv(planes, outputs, 1)
+            self.conv3: Conv2d | None = Conv2d(planes, outputs, 1)
             self.bn3: BatchNormAct | None = norm(outputs)
         else:
-            self.conv1 = _conv(inputs, planes, 3, stride)
+            self.conv1 = Conv2d(inputs, planes, 3, stride)
             self.bn1 = norm(planes)
-            self.conv2 = _conv(planes, planes, 3)
+            self.conv2 = Conv2d(planes, planes, 3)
             self.bn2 = norm(planes)
             self.conv3 = self.bn3 = None
         self.downsample = (
-            nn.Sequential(_conv(inputs, outputs, 1, stride), norm(outputs, relu=False))
+            nn.Sequential(Conv2d(inputs, outputs, 1, stride), norm(outputs, relu=False))
             if stride != 1 or inputs != outputs
             else None
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        return recomputed(self._compute, x) if self.recompute and torch.is_grad_enabled() else self._compute(x)
+
+    def _compute(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         y = self.conv2(self.bn1(self.conv1(x)))
         if self.conv3 is not None and self.bn3 is not None:
@@ -140,6 +93,7 @@ class ResNet(nn.Module):
         bn_momentum: momentum of the running statistics.
         bn_eps: eps of the batch normalisation.
         channels: C, of the images: 3, or 1 for grey ones.
+        bn: what computes the batch norms, see :mod:`fastrex.model.norm`.
 
     Convolutions start from Kaiming's normal (fan-out, ReLU), batch norms from 1 and 0, also the last of each block.
     Weights are kept channels-last and inputs are brought to that format.
@@ -159,6 +113,7 @@ class ResNet(nn.Module):
         bn_momentum: float = 0.1,
         bn_eps: float = 1e-5,
         channels: int = 3,
+        bn: str = "fused",
     ) -> None:
         super().__init__()
         if arch not in ARCHS:
@@ -170,8 +125,8 @@ class ResNet(nn.Module):
         if channels not in (1, 3):
             raise ValueError(f"ResNet: channels must be 1 or 3, got {channels}")
         bottleneck, depths = ARCHS[arch]
-        norm = partial(BatchNormAct, eps=bn_eps, momentum=bn_momentum)
-        self.conv1 = _conv(channels, width, 7, 2) if stem == "imagenet" else _conv(channels, width, 3)
+        norm = partial(BatchNormAct, eps=bn_eps, momentum=bn_momentum, backend=bn)
+        self.conv1 = Conv2d(channels, width, 7, 2) if stem == "imagenet" else Conv2d(channels, width, 3)
         self.bn1 = norm(width)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
         inputs = width
@@ -180,7 +135,7 @@ class ResNet(nn.Module):
             blocks = []
             for block in range(depth):
                 stride = 2 if stage > 0 and block == 0 else 1
-                blocks.append(_Block(inputs, planes, stride, bottleneck, norm))
+                blocks.append(Block(inputs, planes, stride, bottleneck, norm))
                 inputs = planes * (4 if bottleneck else 1)
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.num_features = inputs
@@ -194,7 +149,7 @@ class ResNet(nn.Module):
         x = self.maxpool(self.bn1(self.conv1(x)))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)
-        return nn.functional.adaptive_avg_pool2d(x, 1).flatten(1)
+        return global_average(x)
 
 
 def build_encoder(model: ModelConfig, channels: int = 3) -> nn.Module:
@@ -219,6 +174,7 @@ def build_encoder(model: ModelConfig, channels: int = 3) -> nn.Module:
             bn_momentum=model.bn_momentum,
             bn_eps=model.bn_eps,
             channels=channels,
+            bn=model.bn,
         )
     if model.stem != "imagenet" or model.width != 64:
         raise FastrexError(

@@ -8,6 +8,7 @@ from ._op import backend
 from .augment import augment
 from .batch_norm_act import batch_norm_act
 from .class_means import bank_update_, class_means
+from .conv2d import conv2d
 from .cosine_ce import Stats, cosine_cross_entropy
 from .crop_resize import crop_resize
 from .modules import CosineCrossEntropyLoss, CosineHead, OnlineClassMeans
@@ -25,6 +26,7 @@ __all__ = [
     "bank_update_",
     "batch_norm_act",
     "class_means",
+    "conv2d",
     "cosine_cross_entropy",
     "crop_resize",
     "sgd_ema_",

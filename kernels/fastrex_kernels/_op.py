@@ -75,6 +75,7 @@ class Op:
         cost: (sizes, dtype, direction "fwd" | "bwd" | "fwd_bwd") -> Cost.
         dtypes: those that the kernels take.
         deterministic: the same input gives the same bits.
+        kernels: the implementations beside the reference that it has, on this CPU.
     """
 
     name: str
@@ -85,19 +86,22 @@ class Op:
     cost: Callable[[Mapping[str, Any], torch.dtype, str], Cost]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     deterministic: bool = True
+    kernels: Callable[[], Sequence[str]] = lambda: ("cpp", "triton")
 
 
-def define(package: str, schema: str, fake: Callable[..., Any] | None) -> None:
+def define(package: str, schema: str, fake: Callable[..., Any] | None, *, triton: bool = True) -> None:
     """Register ``fastrex::<schema>`` with the dispatcher: Triton for CUDA tensors, and what shapes come out.
 
-    The launcher has the operator's name and lives in ``kernel.py`` of ``package``; the first call imports Triton. The
-    C++ implementation registers itself when its library is loaded.
+    The launcher has the operator's name and lives in ``kernel.py`` of ``package``; the first call imports Triton.
+    Without ``triton`` there is none: the operator is one of CPUs. The C++ implementation registers itself when its
+    library is loaded.
     """
     name = schema.split("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     if fake is not None:
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
-    _LIBRARY.impl(name, lambda *args, **kwargs: launcher(package, name)(*args, **kwargs), "CUDA")
+    if triton:
+        _LIBRARY.impl(name, lambda *args, **kwargs: launcher(package, name)(*args, **kwargs), "CUDA")
 
 
 def launcher(package: str, name: str) -> Callable[..., Any]:
@@ -115,6 +119,16 @@ def raw(package: str, name: str, impl: str) -> Callable[..., Any]:
         return launcher(package, name)
     run: Callable[..., Any] = getattr(torch.ops.fastrex, name).default
     return run
+
+
+def in_cpp(name: str) -> bool:
+    """Whether the C++ library has the raw operator ``name`` for this CPU: some are written for one instruction set."""
+    found: bool = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU")
+    return found
+
+
+# What torch.compiler.assume_constant_result does, which would import Dynamo (a second, and Triton) for every user.
+in_cpp._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(
