@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrex.config import ProjectorConfig
 from fastrex.model import layers
-from fastrex.model._conv2d import conv2d
+from fastrex_kernels import conv2d
 from fastrex.model.ema import make_ema
 from fastrex.model.layers import Conv2d, Linear, attach_copies, global_average, refresh_copies
 from fastrex.model.multicrop import MultiCropModel

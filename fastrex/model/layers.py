@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ._conv2d import conv2d
+from fastrex_kernels import conv2d
 
 
 def padded_channels(channels: int, device: str) -> int:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._op import choose, define, in_cpp, raw
 from .reference import conv2d_reference
@@ -33,7 +30,14 @@ def _output_size(size: int, kernel: int, stride: int, padding: int) -> int:
     return (size + 2 * padding - kernel) // stride + 1
 
 
-# All tensors are channels-last; bfloat16, and the weight's gradient float32.
+# All tensors are channels-last and bfloat16, the gradient of the weight float32. ``conv`` is the forward with its
+# gradients, which csrc/conv_autograd.cpp makes of the others.
+define(
+    __name__,
+    "conv(Tensor input, Tensor weight, Tensor rounded, int stride, int padding) -> Tensor",
+    lambda input, weight, rounded, stride, padding: _fake_forward(input, rounded, stride, padding),
+    triton=False,
+)
 define(
     __name__,
     "conv_forward(Tensor input, Tensor weight, int stride, int padding) -> Tensor",
@@ -93,12 +97,8 @@ def conv2d(
     if weight_copy is None:
         weight_copy = weight.detach().to(input.dtype)
     weight_copy = weight_copy.contiguous(memory_format=torch.channels_last)
-    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
-        output: Tensor = _Convolution.apply(  # type: ignore[no-untyped-call]
-            input, weight, weight_copy, stride, padding
-        )
-        return output
-    return _forward(input, weight_copy, stride, padding)
+    output: Tensor = raw(__name__, "conv", "cpp")(input, weight, weight_copy, stride, padding)
+    return output
 
 
 def _check(input: Tensor, weight: Tensor, stride: int, padding: int, weight_copy: Tensor | None) -> None:
@@ -140,7 +140,7 @@ def _choose(impl: str, input: Tensor) -> str:
     chosen = choose("conv2d", impl, input, kernels=("cpp",), dtypes=(torch.bfloat16,))
     if chosen == "reference":
         return chosen
-    if not in_cpp("conv_weight_grad"):
+    if not in_cpp("conv"):
         if impl == "auto":
             return "reference"
         raise RuntimeError(
@@ -154,57 +154,3 @@ def _choose(impl: str, input: Tensor) -> str:
         f"conv2d: input must be channels-last for impl='cpp', got strides {list(input.stride())}; "
         f"use input.contiguous(memory_format=torch.channels_last) or impl='reference'"
     )
-
-
-def _forward(input: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    output: Tensor
-    if in_cpp("conv_forward"):
-        output = raw(__name__, "conv_forward", "cpp")(input, weight, stride, padding)
-    else:
-        output = torch.ops.aten.convolution.default(input, weight, None, *_geometry(stride, padding))
-    return output
-
-
-def _input_grad(grad: Tensor, input: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    output: Tensor
-    if in_cpp("conv_input_grad"):
-        height, width = input.shape[2:]
-        output = raw(__name__, "conv_input_grad", "cpp")(grad, weight, height, width, stride, padding)
-    else:
-        geometry = _geometry(stride, padding)
-        wanted = [True, False, False]
-        output = torch.ops.aten.convolution_backward.default(grad, input, weight, None, *geometry, wanted)[0]
-    return output
-
-
-def _geometry(stride: int, padding: int) -> tuple[Any, ...]:
-    """Stride, padding, dilation, transposed, output padding and groups, as torch's convolution takes them."""
-    return [stride, stride], [padding, padding], [1, 1], False, [0, 0], 1
-
-
-class _Convolution(torch.autograd.Function):
-    """The convolution by the rounded weight, whose gradient goes to the weight itself."""
-
-    @staticmethod
-    def forward(input: Tensor, weight: Tensor, rounded: Tensor, stride: int, padding: int) -> Tensor:
-        return _forward(input, rounded, stride, padding)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, rounded, ctx.stride, ctx.padding = inputs
-        ctx.dtype = weight.dtype
-        ctx.save_for_backward(input, rounded)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, rounded = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        dinput = dweight = None
-        if ctx.needs_input_grad[0]:
-            dinput = _input_grad(grad, input, rounded, ctx.stride, ctx.padding)
-        if ctx.needs_input_grad[1]:
-            dweight = raw(__name__, "conv_weight_grad", "cpp")(
-                grad, input, rounded.shape[2], ctx.stride, ctx.padding
-            ).to(ctx.dtype)
-        return dinput, dweight, None, None, None
