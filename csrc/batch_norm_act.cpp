@@ -121,13 +121,6 @@ bool streams(int64_t bytes) {
   return bytes > (size > 0 ? size : int64_t{32} << 20);
 }
 
-// Stores past the cache are weakly ordered: other threads must see them before this one says that it is done.
-void finish_stores() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
-}
-
 // Runs `body(segment)` for all segments, backwards within each thread's share where `reverse`.
 template <typename F>
 void each_segment(const Shape& shape, bool reverse, F body) {

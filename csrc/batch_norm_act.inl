@@ -32,34 +32,6 @@ static inline vf keep(vf v, uint32_t bits) {
 #endif
 }
 
-// store(), or past the cache: the outputs start on a cache line and blocks are multiples of a vector.
-template <bool STREAM>
-static inline void put(float* p, vf v) {
-  if (!STREAM) return store(p, v);
-#if defined(FASTREX_AVX512)
-  _mm512_stream_ps(p, (__m512)v);
-#elif defined(FASTREX_AVX2)
-  _mm256_stream_ps(p, (__m256)v);
-#elif defined(__x86_64__)
-  _mm_stream_ps(p, (__m128)v);
-#else
-  store(p, v);
-#endif
-}
-
-template <bool STREAM, typename T>
-static inline void put(T* p, vf v) {
-#if defined(FASTREX_AVX512)
-  __m256i h = narrow(p, v);
-  if (STREAM)
-    _mm256_stream_si256((__m256i*)p, h);
-  else
-    _mm256_storeu_si256((__m256i*)p, h);
-#else
-  store(p, v);
-#endif
-}
-
 // mean (fp32 part), scale and shift, `fold` times side by side; shift holds what the fp32 part of the mean lacks.
 static void scale_and_shift(const Shape& shape, const double* mean, const double* var, const float* weight,
                             const float* bias, double eps, float* to_mean, float* to_scale, float* to_shift) {

@@ -12,6 +12,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace fastrex {
 
@@ -58,6 +61,13 @@ template <class F>
 inline void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& body) {
   num_threads();
   at::parallel_for(begin, end, grain, body);
+}
+
+// Stores past the cache are weakly ordered: other threads must see them before this one says that it is done.
+inline void finish_stores() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 }  // namespace fastrex

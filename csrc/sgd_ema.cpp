@@ -197,6 +197,7 @@ void sgd_ema_(at::TensorList params, at::TensorList grads, at::TensorList buffer
       const int64_t start = x->end - x->size;
       advance(step, *x, std::max<int64_t>(0, begin - start), std::min(x->size, end - start));
     }
+    finish_stores();
   });
   layouts.give_back();
   // Autograd then refuses a backward through values that were saved before this step, as after torch's own in-place ops.

@@ -48,10 +48,14 @@ static void stretch(const Step& step, float decay, int64_t size, const G* grad, 
   if (EMA) store_some(ema + i, e, left);
 }
 
-// `copy` = `from` rounded; what was just written is still in the first-level cache.
+// `copy` = `from` rounded; what was just written is still in the first-level cache. The copies go past it where they may:
+// the forward reads them when 300 MB of other weights have passed, and a line that is written whole need not be read.
 template <typename T>
 static void round_to(int64_t size, const float* from, T* copy) {
   int64_t i = 0;
-  for (; i + W <= size; i += W) store(copy + i, load(from + i));
+  if (reinterpret_cast<uintptr_t>(copy) % (W * sizeof(T)) == 0)
+    for (; i + W <= size; i += W) put<true>(copy + i, load(from + i));
+  else
+    for (; i + W <= size; i += W) put<false>(copy + i, load(from + i));
   if (i < size) store_some(copy + i, load_some(from + i, size - i), size - i);
 }

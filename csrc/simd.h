@@ -108,3 +108,30 @@ static inline vf smaller(vf a, vf b) {
 #endif
 }
 static inline vf magnitude(vf v) { return (vf)((vi)v & 0x7fffffff); }
+
+// store(), or past the cache: then p lies on a multiple of the vector's size. Ends with finish_stores() of common.h.
+template <bool STREAM>
+static inline void put(float* p, vf v) {
+  if (!STREAM) return store(p, v);
+#if defined(FASTREX_AVX512)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(FASTREX_AVX2)
+  _mm256_stream_ps(p, (__m256)v);
+#elif defined(__x86_64__)
+  _mm_stream_ps(p, (__m128)v);
+#else
+  store(p, v);
+#endif
+}
+template <bool STREAM, typename T>
+static inline void put(T* p, vf v) {
+#if defined(FASTREX_AVX512)
+  __m256i h = narrow(p, v);
+  if (STREAM)
+    _mm256_stream_si256((__m256i*)p, h);
+  else
+    _mm256_storeu_si256((__m256i*)p, h);
+#else
+  store(p, v);
+#endif
+}

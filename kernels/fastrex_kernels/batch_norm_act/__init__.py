@@ -116,6 +116,11 @@ def batch_norm_act(
         )
     else:
         check_count(rows)
+        if impl == "cpp":
+            trained: Tensor = raw(PACKAGE, "bn_train", impl)(
+                input, weight, bias, residual, running_mean, running_var, relu, eps, momentum
+            )
+            return trained
         output, mean, var = _batch(input, weight, bias, residual, relu, eps, impl)
     # Here and not in the autograd.Function: a traced program must see the mutation.
     if running_mean is not None:

@@ -129,6 +129,14 @@ define(
     "float momentum) -> ()",
     lambda *_: None,
 )
+# Training in one process with its gradients, made of the others in csrc/batch_norm_autograd.cpp.
+define(
+    PACKAGE,
+    "bn_train(Tensor input, Tensor weight, Tensor bias, Tensor? residual, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, bool relu, float eps, float momentum) -> Tensor",
+    lambda input, *_: torch.empty_like(input),
+    triton=False,
+)
 
 
 def _split(grad: Tensor, dresidual: Tensor | None, ctx: Any) -> Tensor | None:
