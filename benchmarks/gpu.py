@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import ROOT, gpu_jobs, gpu_process, gpu_report
+from . import FOREIGN, ROOT, gpu_jobs, gpu_process, gpu_report
 from .gpu_facts import Facts
 from .gpu_jobs import Job, Part, Settings
 from .gpu_process import Ended, Stop
@@ -26,8 +26,6 @@ RESERVE_S = 12.0
 FACTS_S = 90.0
 # Less is no time for a process that has to import torch.
 LEAST_S = 3.0
-# Settings of the user's shell that would change what is measured.
-FOREIGN = ("MALLOC_", "GLIBC_TUNABLES", "TRITON_INTERPRET", "OMP_", "GOMP_", "KMP_")
 OURS = {"cuda": "triton", "cpu": "cpp"}
 Say = Callable[[str], None]
 

@@ -19,7 +19,7 @@ from typing import Any
 from fastrex import rundir
 from fastrex_kernels._op import Case, Op
 
-from . import ROOT, measure, worker
+from . import FOREIGN, ROOT, measure, worker
 from .rivals import RIVALS
 
 KEYS = (
@@ -29,8 +29,6 @@ KEYS = (
 ALLOCATORS = ("pooled", "default")
 # Longer than any case that is worth waiting for: a compiler that hangs must not hold the others up for ever.
 LIMIT_S = 1800
-# Settings of the user's shell that would change what is measured.
-FOREIGN = ("MALLOC_", "GLIBC_TUNABLES", "TRITON_INTERPRET", "OMP_", "GOMP_", "KMP_")
 
 Record = dict[str, Any]
 
@@ -156,7 +154,7 @@ def measure_group(
         absent = {name: answer["absent"] for name, answer in peaks.items() if "absent" in answer}
         timing = start(replace(spec, task="time", impls=tuple(name for name in names if name not in absent)))
     if "results" not in timing:
-        absent = dict.fromkeys(names, timing["absent"]) | absent
+        absent = {**dict.fromkeys(names, str(timing["absent"])), **absent}
         timing = {"results": {}, "absent": {}, "roofs": {}, "facts": {}, "directions": [], "gradient_mib": 0.0}
     absent |= timing["absent"]
     if allocator == "pooled" and timing.get("pooled") is False:

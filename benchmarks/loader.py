@@ -31,8 +31,7 @@ from fastrex.data.plan import Plan
 from fastrex.distributed import world
 from fastrex.errors import FastrexError
 
-from . import ROOT, machine, measure
-from .kernels import FOREIGN
+from . import FOREIGN, ROOT, machine, measure
 from .loader_worker import FASTREX, IMPLS, Answer, Spec, open_images
 
 KEYS = (

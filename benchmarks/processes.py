@@ -16,8 +16,7 @@ from typing import Any
 
 from fastrex.errors import FastrexError
 
-from . import ROOT
-from .kernels import FOREIGN
+from . import FOREIGN, ROOT
 
 # A start with a cold compiler cache or a slow disk, and still an end.
 LIMIT_S = 900

@@ -20,15 +20,9 @@ from itertools import groupby, pairwise
 from fastrex import objectives
 from fastrex.config import Config
 from fastrex.errors import FastrexError
+from fastrex.model.resnet import ARCHS
 
 LEVELS = ("L0", "L1", "L2", "L3")
-# name: (bottleneck blocks, blocks per stage), as He et al. 2016.
-ARCHS = {
-    "resnet18": (False, (2, 2, 2, 2)),
-    "resnet34": (False, (3, 4, 6, 3)),
-    "resnet50": (True, (3, 4, 6, 3)),
-    "resnet101": (True, (3, 4, 23, 3)),
-}
 EMA, HEAD, BACKWARD, OPTIMISER = "EMA", "head", "backward", "optimiser"
 FP32 = 4  # bytes
 
@@ -171,11 +165,8 @@ def network(config: Config, side: int) -> Network:
 def step(config: Config, classes: int, batch: int, itemsize: int, level: int) -> Step:
     """The kernels of a step on ``batch`` images, with activations of ``itemsize`` bytes and what ``level`` fuses."""
     data = config.data
-    crops = [(data.global_crops, data.global_size), (data.local_crops, data.local_size)]
     # Neighbouring groups of one size share a pass.
-    passes = [
-        (side, sum(n for n, _ in group)) for side, group in groupby([c for c in crops if c[0]], key=lambda c: c[1])
-    ]
+    passes = [(side, sum(n for n, _ in group)) for side, group in groupby(data.crops, key=lambda c: c[1])]
     follows = objectives.lookup(config.objective.name).needs_ema
     ledger = _Ledger(itemsize, level)
     for side, count in passes:

@@ -15,7 +15,7 @@ from fastrex.errors import FastrexError
 from . import measure
 from .processes import Answer, Team
 from .run_worker import Spec
-from .step import Record, crops_text
+from .step import Record
 
 KEYS = (
     "op", "impl", "allocator", "device", "threads", "batch", "crops", "model", "objective", "bn", "precision",
@@ -77,7 +77,7 @@ def run(settings: Settings, say: Callable[[str], None] = lambda _: None) -> list
     median, step = measure.quantile(whole, 0.5), measure.quantile(alone, 0.5)
     record: Record = dict.fromkeys(KEYS) | {
         "op": "run", "impl": "fastrex", "allocator": allocator, "device": settings.device, "threads": settings.threads,
-        "batch": settings.batch, "crops": crops_text(config), "model": config.model.arch,
+        "batch": settings.batch, "crops": config.data.crops_text, "model": config.model.arch,
         "objective": config.objective.name, "bn": start["bn"], "precision": start["precision"],
         "notices": start["notices"],
         **{f"images_per_s_p{p}": round(measure.quantile(whole, p / 100), 3) for p in (20, 50, 80)},

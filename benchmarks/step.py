@@ -25,9 +25,11 @@ import torch
 from fastrex import config as config_module
 from fastrex import rundir
 from fastrex.config import Config
+from fastrex.data.dataset import DTYPES
 from fastrex.distributed import World
 from fastrex.errors import FastrexError
-from fastrex.step import DTYPES, Trainer
+from fastrex.model.resnet import ARCHS
+from fastrex.step import Trainer
 
 from . import measure, roofline
 from .processes import Answer, Ended, Team
@@ -259,7 +261,7 @@ def _records(settings: Settings, config: Config, subjects: Sequence[Subject], ab
     version, commit = rundir.version(), rundir.commit()
     base: Record = dict.fromkeys(KEYS) | {
         "op": "step", "device": settings.device, "threads": settings.threads, "ranks": settings.ranks,
-        "batch": settings.batch, "crops": crops_text(config), "model": config.model.arch,
+        "batch": settings.batch, "crops": config.data.crops_text, "model": config.model.arch,
         "objective": config.objective.name, "commit": commit, "command": settings.command,
     }  # fmt: skip
     records = [{**base, **_found(settings, config, subject, able)} for subject in subjects]
@@ -293,7 +295,7 @@ def _found(settings: Settings, config: Config, subject: Subject, able: Answer) -
     if split.get("communication"):
         talking, whole = split["communication"]
         found["communication_share"] = round(talking / whole, 4)
-    if config.model.arch in roofline.ARCHS:
+    if config.model.arch in ARCHS:
         found |= _roofline(settings, config, sample["precision"], found["images_per_s_p50"], able)
     return found
 
@@ -310,13 +312,6 @@ def _roofline(settings: Settings, config: Config, precision: str, speed: float, 
         most = {level: settings.ranks * bound.images_per_s(peak, able["bandwidth"]) for level, bound in bounds.items()}
         found["roofline_share"] = {level: round(speed / bound, 4) for level, bound in most.items()}
     return found
-
-
-def crops_text(config: Config) -> str:
-    """Such as "1x224 + 8x96"."""
-    data = config.data
-    groups = [(data.global_crops, data.global_size), (data.local_crops, data.local_size)]
-    return " + ".join(f"{count}x{side}" for count, side in groups if count)
 
 
 def write_json(path: Path, records: Sequence[Record]) -> None:

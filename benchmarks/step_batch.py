@@ -17,12 +17,13 @@ from fastrex import config as config_module
 from fastrex import rundir
 from fastrex.budget import activations, state_bytes
 from fastrex.config import Config
+from fastrex.data.dataset import DTYPES
 from fastrex.distributed import World
-from fastrex.step import DTYPES, Trainer, resolve_precision
+from fastrex.step import Trainer, resolve_precision
 
 from . import machine
 from .processes import Ended
-from .step import Record, Settings, check, crops_text
+from .step import Record, Settings, check
 from .step_subjects import FASTREX
 
 KEYS = (
@@ -59,7 +60,7 @@ def run(settings: Settings, say: Callable[[str], None] = lambda _: None) -> list
         dict.fromkeys(KEYS)
         | {
             "op": "find_batch", "impl": FASTREX, "allocator": subject.allocator, "device": settings.device,
-            "threads": settings.threads, "batch": best, "crops": crops_text(config), "model": config.model.arch,
+            "threads": settings.threads, "batch": best, "crops": config.data.crops_text, "model": config.model.arch,
             "objective": config.objective.name, "bn": config.model.bn, "recompute": config.model.recompute,
             "precision": precision, "attempts": attempts,
             "peak_mib": next((a["peak_mib"] for a in attempts if a["batch"] == best), None),
@@ -92,15 +93,10 @@ def estimator(config: Config, classes: int, precision: str) -> Callable[[int], i
     if config.model.bn == "apex":
         plain.append("model.bn=fused")  # on a CPU, and keeps as much
     trainer = Trainer(config_module.override(config, plain), classes, World(0, 1, 0, 1, torch.device("cpu")))
-    data = config.data
-    crops = [
-        (data.global_crops, data.global_size),
-        *([(data.local_crops, data.local_size)] if data.local_crops else []),
-    ]
     state = state_bytes(nn.ModuleList([trainer.model, trainer.objective]), trainer.ema)
 
     def expected(images: int) -> int:
-        kept = activations(trainer.model, crops, images, data.channels, DTYPES[precision])
+        kept = activations(trainer.model, config.data.crops, images, config.data.channels, DTYPES[precision])
         return sum(kept.values()) + state
 
     return expected

@@ -35,8 +35,7 @@ NO_KERNELS = ("Memcpy", "Memset")
 
 def names(config: Config) -> list[str]:
     """The parts of a step on a batch that is there, in the order in which they are shown."""
-    data = config.data
-    sides = [data.global_size, *([data.local_size] if data.local_crops else [])]
+    sides = [side for _, side in config.data.crops]
     follows = [EMA] if objectives.lookup(config.objective.name).needs_ema else []
     return [*dict.fromkeys(map(forward_part, sides)), *follows, HEAD, BACKWARD, OPTIMISER]
 

@@ -21,10 +21,10 @@ import torch
 
 from fastrex import config as config_module
 from fastrex.config import Config
+from fastrex.data.dataset import DTYPES
 from fastrex.distributed import World, world
 from fastrex.graph import WARM_UP, WARM_UP_RANKS
 from fastrex.memory import pool
-from fastrex.step import DTYPES
 from fastrex.trainer import resolve
 
 from . import machine, step_parts

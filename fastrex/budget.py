@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from .model.layers import Conv2d, Linear, attach_copies
 from .model.multicrop import MultiCropModel, set_process_group
+from .model.norm import BatchNormAct
 from .model.resnet import Block
 
 GIB = 2**30
@@ -150,6 +151,8 @@ def _twin(model: MultiCropModel, dtype: torch.dtype) -> MultiCropModel:
     for module in twin.modules():
         if isinstance(module, Block):
             module.recompute = False
+        if isinstance(module, BatchNormAct) and module.backend == "apex":
+            module.backend = "fused"  # which keeps the same; apex's kernels run on a GPU only
     if any(isinstance(m, Conv2d | Linear) and m.weight_copy is not None for m in model.modules()):
         attach_copies(twin, dtype)
     return twin

@@ -88,6 +88,17 @@ class DataConfig:
     )
     std: tuple[float, float, float] = setting((0.229, 0.224, 0.225), "channel deviations divided by", low=1e-6)
 
+    @property
+    def crops(self) -> tuple[tuple[int, int], ...]:
+        """(crops per image, their side in pixels) of each group that has any, in the order of the batch."""
+        groups = (self.global_crops, self.global_size), (self.local_crops, self.local_size)
+        return tuple(group for group in groups if group[0])
+
+    @property
+    def crops_text(self) -> str:
+        """Such as "1x224 + 8x96"."""
+        return " + ".join(f"{count}x{side}" for count, side in self.crops)
+
 
 @dataclass(frozen=True)
 class AugmentConfig:

@@ -174,7 +174,7 @@ def broadcast_(tensors: Iterable[Tensor], world: World) -> None:
 
 
 def average_in_bf16(group: dist.ProcessGroup | None, bucket: Any) -> torch.futures.Future[Tensor]:
-    """Communication hook of DistributedDataParallel: half the bytes, gradients rounded once before they are summed.
+    """Communication hook of DistributedDataParallel: half the bytes, gradients rounded and summed in bf16.
 
     torch's own hook of this kind refuses gloo.
     """

@@ -1,11 +1,12 @@
 """The training step as one CUDA graph: recorded once, then launched with one call.
 
-A ResNet-50 step is some 2,000 kernels. The host needs 10 to 15 ms to launch them one by one, which shows as soon as the
-GPU is done earlier; a graph's launch costs next to nothing.
+A ResNet-50 step is more than a thousand kernels. Launched one by one they keep the host busy for milliseconds, which
+shows as soon as the GPU is done earlier; a graph's launch costs next to nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,15 +31,19 @@ class StepGraph:
     that ``step`` reads or writes must keep its address (weights, gradients, state); crops and targets are copied to
     where the graph finds them, so that the loader may have its memory back.
 
+    Args:
+        stream: that the recording is made on; the steps before it run there too, since what kernels and autograd keep
+            per stream must exist by then. must: whether a step that cannot be recorded is an error.
+
     Attributes:
         captured: whether steps are replayed by now. reason: why not, once that is known.
     """
 
-    def __init__(self, step: Step, device: torch.device, *, warm_up: int = WARM_UP, must: bool = False) -> None:
-        self.step, self.device, self.left, self.must = step, device, warm_up, must
+    def __init__(
+        self, step: Step, device: torch.device, stream: Any, *, warm_up: int = WARM_UP, must: bool = False
+    ) -> None:
+        self.step, self.device, self.stream, self.left, self.must = step, device, stream, warm_up, must
         self.captured, self.reason = False, ""
-        # Steps before the recording run on its stream too: what kernels keep per stream must exist by then.
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.graph: Any = None
         self.inputs: Inputs = []
         self.outputs: dict[str, Tensor] = {}
@@ -67,24 +72,39 @@ class StepGraph:
         torch.cuda.synchronize(self.device)
         # The graph has memory of its own: what the first steps used is free for it.
         torch.cuda.empty_cache()
-        self.graph = torch.cuda.CUDAGraph()
+        self.graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        # Not only what CUDA forbids ends a recording, so any error does; run as it is, the step raises it again.
+        error = self._record(pool)
+        if error is None:
+            self.captured = True
+            self.graph.replay()
+            return self.outputs
+        self.reason = str(error).strip().partition("\n")[0]
+        self.graph, self.outputs = None, {}
+        _abandon(self.device, pool)
+        if self.must:
+            raise FastrexError(
+                f"train: run.cuda_graph=on must be able to record the step, it cannot be: {self.reason}; "
+                "use run.cuda_graph=off"
+            ) from error
+        del error  # with its traceback, which holds the activations of the recording
+        return self.step(self.inputs)
+
+    def _record(self, pool: Any) -> Exception | None:
+        """What ended the recording, if something did."""
+        first: Exception | None = None
         try:
             # Only this thread's calls count: the loader goes on in its own.
-            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-                self.outputs = self.step(self.inputs)
-        except RuntimeError as error:
-            self.graph, self.outputs = None, {}
-            # Ending a recording that went wrong raises an error of its own, after the one that tells why.
-            self.reason = str(error.__context__ or error).strip().partition("\n")[0]
-            if self.must:
-                raise FastrexError(
-                    f"train: run.cuda_graph=on must be able to record the step, it cannot be: {self.reason}; "
-                    "use run.cuda_graph=off"
-                ) from error
-            return self.step(self.inputs)
-        self.captured = True
-        self.graph.replay()
-        return self.outputs
+            with torch.cuda.graph(self.graph, pool, self.stream, capture_error_mode="thread_local"):
+                try:
+                    self.outputs = self.step(self.inputs)
+                except Exception as error:
+                    first = error
+                    raise
+        except Exception as error:
+            # Ending a recording that went wrong raises an error of its own, which tells less.
+            return first or error
+        return None
 
     def _take(self, given: Inputs) -> None:
         """Copy crops and targets to where the step reads them."""
@@ -98,3 +118,14 @@ class StepGraph:
                     shapes = f"{list(own.shape)} as in the first step, got {list(new.shape)}"
                     raise ValueError(f"StepGraph: crops and targets must keep their shapes, {shapes}")
                 own.copy_(new, non_blocking=True)
+
+
+def _abandon(device: torch.device, pool: Any) -> None:
+    """After a recording that failed, let allocator and generator know that it is over: some versions of torch do not,
+    and then never reuse memory that streams have shared, nor draw a random number."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with contextlib.suppress(AttributeError, RuntimeError):
+        torch._C._cuda_endAllocateToPool(index, pool)
+    with contextlib.suppress(AttributeError, RuntimeError, IndexError):
+        fresh = torch.Generator(device)
+        torch.cuda.default_generators[index].graphsafe_set_state(fresh.graphsafe_get_state())

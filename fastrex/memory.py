@@ -29,7 +29,7 @@ def pool() -> bool:
 
 
 def available(device: torch.device) -> int:
-    """Bytes on ``device`` that nobody uses now; on a CPU all that the machine has."""
+    """Bytes on ``device`` that this process has or may have; on a CPU all that the machine has."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -27,8 +27,9 @@ class Optimizer:
         parameters: name -> parameter. ema: name -> EMA copy, for the parameters that have one.
         copies, ema_copies: name -> low-precision tensor that a parameter or its EMA is rounded into in every step.
         gradients: where ``.grad`` lives. "fresh": a new tensor in every step, which the backward hands over without a
-            copy. "flat": views into one buffer, whose addresses stay (for a CUDA graph) and which one kernel clears and
-            one measures. "kept": whatever stands there is cleared (the buckets of DistributedDataParallel).
+            copy. "flat": from the second step on views into one buffer, whose addresses stay (for a CUDA graph) and
+            which one kernel clears and one measures. Parameters without a gradient after the first backward stay out,
+            and so stay as they are. "kept": whatever stands there is cleared (the buckets of DistributedDataParallel).
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Optimizer:
         self.host_lr = 0.0
         self.lr = torch.zeros((), device=next(iter(self.parameters.values())).device)
         self.gradients = gradients
-        self.flat = _flat_gradients(list(self.parameters.values())) if gradients == "flat" else None
+        self.flat: Tensor | None = None
         self.update = IMPLS[config.impl](self, config.momentum, ema_momentum)
 
     def zero_grad(self) -> None:
@@ -64,6 +65,8 @@ class Optimizer:
 
     def grad_norm(self, inv_scale: Tensor | None = None) -> Tensor:
         """Euclidean norm of all (unscaled) gradients, 0-d; not finite when any gradient is not."""
+        if self.gradients == "flat" and self.flat is None:
+            self.flat = _flattened([p for p in self.parameters.values() if p.grad is not None])
         if self.flat is not None:
             norm: Tensor = torch.linalg.vector_norm(self.flat)
         else:
@@ -89,8 +92,8 @@ class Optimizer:
         return [p.grad for p in self.parameters.values() if p.grad is not None]
 
 
-def _flat_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """One zeroed buffer, with every parameter's ``grad`` a view of it in the parameter's own layout."""
+def _flattened(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """One buffer with the gradients of ``parameters``, which become views of it in the parameters' own layouts."""
     # Each starts at 256 bytes, as torch's allocators align tensors.
     starts = [0]
     for p in parameters:
@@ -99,7 +102,8 @@ def _flat_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
         starts.append(starts[-1] + -(-p.numel() // 64) * 64)
     flat = parameters[0].new_zeros(starts[-1], requires_grad=False)
     for p, start in zip(parameters, starts, strict=False):
-        p.grad = flat.as_strided(p.shape, p.stride(), start)
+        view = flat.as_strided(p.shape, p.stride(), start)
+        p.grad = view.copy_(p.grad)  # type: ignore[arg-type]
     return flat
 
 

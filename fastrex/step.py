@@ -1,8 +1,8 @@
 """All state of a run on one rank, and what one training step does to it (t-ReX, Sariyildiz et al., ICLR 2023).
 
-One step: crops -> one encoder pass per resolution -> one projector pass -> per-row loss against the prototypes as they
-stand -> momentum features of the first global crop -> backward -> bank, SGD, EMA. Whether numbers have gone bad is
-decided on the device, for all ranks alike, before anything is changed.
+One step: momentum features of the first global crop, beside them crops -> one encoder pass per resolution -> one
+projector pass -> per-row loss against the prototypes as they stand -> backward; then bank, SGD, EMA. Whether numbers
+have gone bad is decided on the device, for all ranks alike, before anything is changed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import distributed, objectives
 from .config import Config
+from .data.dataset import DTYPES
 from .data.index import Index
 from .data.loader import Batch
 from .distributed import World
@@ -31,7 +32,7 @@ from .model.layers import attach_copies, refresh_copies
 from .model.multicrop import MultiCropModel, set_process_group
 from .model.norm import resolve_bn
 from .model.projector import Projector
-from .model.resnet import build_encoder
+from .model.resnet import ResNet, build_encoder
 from .optim import Guard, Optimizer, load_tensors
 
 # torch 2.13 renamed DDP's switch for sending buffers in every forward; 2.11 and 2.12 know the old name only.
@@ -39,7 +40,6 @@ _DDP_WORDS = inspect.signature(DistributedDataParallel).parameters
 _KEEP_BUFFERS: dict[str, Any] = {
     "forward_sync_buffers" if "forward_sync_buffers" in _DDP_WORDS else "broadcast_buffers": False
 }
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Method(nn.Module):
@@ -84,9 +84,10 @@ class Trainer:
             for net in (self.model, self.ema):
                 if net is not None:
                     net.encoder.compile()
-        wanted = config.run.cuda_graph == "on" or (config.run.cuda_graph == "auto" and world.size == 1)
-        recorded = device.type == "cuda" and wanted and config.optim.impl != "apex"
-        self.parallel = self._parallel(recorded) if world.size > 1 else None
+        recorded, words = _recorded(config, device, world.size, isinstance(encoder, ResNet))
+        self.notices += words
+        stream: Any = torch.cuda.Stream(device) if recorded else None  # type: ignore[no-untyped-call]
+        self.parallel = self._parallel(stream) if world.size > 1 else None
         self.optimizer = Optimizer(
             dict(self.method.named_parameters()),
             {} if self.ema is None else {f"model.{name}": p for name, p in self.ema.named_parameters()},
@@ -104,8 +105,7 @@ class Trainer:
         self.graph: StepGraph | None = None
         if recorded:
             warm_up = WARM_UP if self.parallel is None else WARM_UP_RANKS
-            self.graph = StepGraph(self._step, device, warm_up=warm_up, must=config.run.cuda_graph == "on")
-        self.notices += _graph_notice(config, device, world.size, recorded)
+            self.graph = StepGraph(self._step, device, stream, warm_up=warm_up, must=config.run.cuda_graph == "on")
         self._in_flight = deque[Any]()
 
     def autocast(self) -> torch.autocast:
@@ -173,7 +173,7 @@ class Trainer:
 
     def _throttle(self) -> None:
         """Let the host be two steps ahead of the device, no more: batches that wait in the queue hold memory."""
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record()
         self._in_flight.append(event)
         if len(self._in_flight) > 2:
@@ -195,12 +195,17 @@ class Trainer:
             if net is not None:
                 refresh_copies(net)
 
-    def _parallel(self, recorded: bool) -> DistributedDataParallel:
+    def close(self) -> None:
+        """Let go of the recorded step: a communicator that it uses cannot end before it."""
+        if self.graph is not None:
+            torch.cuda.synchronize(self.world.device)
+            self.graph = None
+
+    def _parallel(self, stream: Any) -> DistributedDataParallel:
         """Averages gradients over ranks. Buffers are equal on all ranks by construction (SyncBN, gathered bank): they
         are sent once, above, and never again. Gradients are views into the buckets: the all-reduce copies nothing."""
         device = self.world.device
-        # For a recorded step its hooks must not belong to the default stream.
-        stream = torch.cuda.Stream(device) if recorded else None  # type: ignore[no-untyped-call]
+        # Its hooks belong to the stream that it is built on, which must be the one of the recording.
         with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
             parallel = DistributedDataParallel(
                 self.method,
@@ -246,15 +251,27 @@ class Trainer:
         return contextlib.nullcontext() if last or self.parallel is None else self.parallel.no_sync()
 
 
-def _graph_notice(config: Config, device: torch.device, ranks: int, recorded: bool) -> list[str]:
-    """What becomes of run.cuda_graph, where anybody would ask."""
-    if device.type != "cuda" or config.run.cuda_graph == "off":
-        return []
-    if recorded:
-        return ["CUDA graph: recorded after the first steps"]
-    if config.optim.impl == "apex":
-        return ["CUDA graph: off, optim.impl=apex takes the learning rate from the host"]
-    return [f"CUDA graph: off over {ranks} ranks; run.cuda_graph=on asks for it"]
+def _recorded(config: Config, device: torch.device, ranks: int, own_encoder: bool) -> tuple[bool, list[str]]:
+    """Whether the step is to become a CUDA graph, and what the log should say of it.
+
+    Raises:
+        FastrexError: it must, and cannot.
+    """
+    wanted = config.run.cuda_graph
+    reason = ""
+    if device.type != "cuda":
+        reason = f"this run is on the {device.type.upper()}"
+    elif config.optim.impl == "apex":
+        reason = "optim.impl=apex takes the learning rate from the host"
+    elif config.model.recompute == "passes" and not own_encoder:
+        reason = "model.recompute=passes repeats the random numbers of a foreign encoder"
+    if wanted == "on" and reason:
+        raise FastrexError(f"train: run.cuda_graph=on must be able to record the step, but {reason}; use auto or off")
+    if wanted == "off" or device.type != "cuda":
+        return False, []
+    if wanted == "auto" and ranks > 1:
+        reason = f"over {ranks} ranks it is made on request (run.cuda_graph=on)"
+    return not reason, [f"CUDA graph: {f'off, {reason}' if reason else 'recorded after the first steps'}"]
 
 
 def resolve_precision(name: str, device: torch.device) -> str:

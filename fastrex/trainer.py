@@ -22,7 +22,7 @@ import fastrex_kernels
 from . import budget, checkpoint, distributed, export, memory, objectives, rundir, schedule
 from . import resume as resume_module
 from .config import Config
-from .data.dataset import Dataset, open_dataset
+from .data.dataset import DTYPES, Dataset, open_dataset
 from .data.index import save as save_index
 from .data.loader import Batch
 from .distributed import World
@@ -30,7 +30,7 @@ from .errors import DivergedError, FastrexError
 from .metrics import LOGGED, Log, Meter, Reading, check_writers, progress
 from .model.resnet import ResNet
 from .optim import MAX_SKIPPED
-from .step import DTYPES, Trainer, resolve_precision
+from .step import Trainer, resolve_precision
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -97,7 +97,9 @@ def train(
             try:
                 if world.main and data.index is not None and not resuming:
                     save_index(data.index, path / rundir.INDEX)
-                return _train(trainer, data, run, resuming, max_steps, notices, closing)
+                result = _train(trainer, data, run, resuming, max_steps, notices, closing)
+                trainer.close()
+                return result
             except DivergedError as error:
                 run.status("diverged", error=str(error))
                 raise
@@ -159,7 +161,7 @@ def _loop(
             micros.append(batch)
             if not batch.last_micro:
                 continue
-            log.news(trainer.news)
+            _tell(trainer, log)
             # The method itself draws nothing from torch's generators; a foreign encoder with dropout does.
             torch.manual_seed((config.run.seed * 1_000_003 + step) * 4099 + world.rank & (2**63 - 1))
             lr = plan.lr(step)
@@ -197,6 +199,7 @@ def _loop(
                 state = "preempted"
                 break
             mark = Mark(step, loader.wait_s)
+    _tell(trainer, log)
     if state == "completed" and step < stop:
         raise RuntimeError(f"train: the loader must give batches up to step {stop}, it ended at step {step}")
     if saved != step:
@@ -204,6 +207,12 @@ def _loop(
     if state == "completed" and evaluated != step and data.held_out:
         results = _evaluate(trainer, data, log, step)
     return step, state, results
+
+
+def _tell(trainer: Trainer, log: Log) -> None:
+    """What the trainer has found out; every rank knows it."""
+    while trainer.news:
+        log.line(trainer.news.popleft())
 
 
 def resolve(config: Config, world: World) -> Config:
@@ -301,11 +310,11 @@ def accuracies(results: dict[str, float]) -> str:
 def _opening(trainer: Trainer, data: Dataset, run: Path, start: int, stop: int, total: int) -> list[str]:
     config, world = trainer.config, trainer.world
     weights = sum(p.numel() for p in trainer.model.encoder.parameters())
-    crops = " + ".join(f"{n}x{s}" for n, s in _crops(config) if n)
     lines = [
         f"run {run} | recipe {config.recipe} | {world.device.type} x {world.size} | precision {trainer.precision}",
         f"data {data.config.data.path or 'digits'} | {int(data.class_counts.sum())} images, "
-        f"{len(data.classes)} classes, {data.held_out} held out | crops {crops} | batch {config.optim.batch_size}",
+        f"{len(data.classes)} classes, {data.held_out} held out | crops {config.data.crops_text} | "
+        f"batch {config.optim.batch_size}",
         f"model {config.model.arch} {weights / 1e6:.2f}M | projector {config.projector.hidden_layers} hidden layers | "
         f"objective {config.objective.name} | steps {start} to {stop} of {total}",
     ]
@@ -316,17 +325,11 @@ def _opening(trainer: Trainer, data: Dataset, run: Path, start: int, stop: int, 
         )
     if isinstance(trainer.model.encoder, ResNet):
         images = config.optim.batch_size // (config.optim.accumulate * world.size)
-        groups = [group for group in _crops(config) if group[0]]
         dtype = DTYPES[trainer.precision]
-        kept = budget.activations(trainer.model, groups, images, config.data.channels, dtype)
+        kept = budget.activations(trainer.model, config.data.crops, images, config.data.channels, dtype)
         state = budget.state_bytes(trainer.method, trainer.ema)
         lines.append(budget.budget_line(kept, images, state, memory.available(world.device)))
     return lines
-
-
-def _crops(config: Config) -> tuple[tuple[int, int], tuple[int, int]]:
-    data = config.data
-    return (data.global_crops, data.global_size), (data.local_crops, data.local_size)
 
 
 def _closing(metrics: dict[str, float], encoder: Path) -> list[str]:

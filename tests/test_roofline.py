@@ -10,6 +10,7 @@ from benchmarks import roofline
 from fastrex import config as c
 from fastrex.distributed import World
 from fastrex.errors import FastrexError
+from fastrex.model.resnet import ARCHS
 from fastrex.step import Trainer
 
 PEAK, BANDWIDTH = 790e12, 4.3e12
@@ -36,7 +37,7 @@ def test_shares_of_the_parts() -> None:
     assert step.flops("forward 96") / step.flops() == pytest.approx(0.518 / 3, abs=0.002)
 
 
-@pytest.mark.parametrize("arch", list(roofline.ARCHS))
+@pytest.mark.parametrize("arch", list(ARCHS))
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
 def test_layers_are_those_of_the_network(arch: str, stem: str) -> None:
     config = c.load("demo", [*SETTINGS, f"model.arch={arch}", f"model.stem={stem}", "data.channels=1"])

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastrex
 from fastrex import apex
 from fastrex import config as c
+from fastrex import step as step_module
 from fastrex.config import OptimConfig
 from fastrex.data.dataset import open_dataset
 from fastrex.data.loader import Batch
@@ -173,12 +174,15 @@ def everything(net: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
 
 def test_flat_gradients_are_one_buffer_that_stays() -> None:
     (plain, a), (net, b) = (net_and_optimizer(OptimConfig(), kind) for kind in ("fresh", "flat"))
-    assert b.flat is not None
+    assert b.flat is None
+    train(plain, a, steps=1)
+    train(net, b, steps=1)
     places = {n: p.grad.data_ptr() for n, p in net.named_parameters()}
     train(plain, a)
     train(net, b)
     assert {n: p.grad.data_ptr() for n, p in net.named_parameters()} == places
     # Every gradient lies in the buffer, in its parameter's own layout, and nothing else does.
+    assert b.flat is not None
     start, end = b.flat.data_ptr(), b.flat.data_ptr() + b.flat.nbytes
     for p in net.parameters():
         assert start <= p.grad.data_ptr() < end
@@ -188,6 +192,19 @@ def test_flat_gradients_are_one_buffer_that_stays() -> None:
     )
     for name, tensor in everything(plain, a).items():
         assert torch.equal(tensor, everything(net, b)[name]), name
+
+
+def test_flat_gradients_leave_alone_what_has_none() -> None:
+    net = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    optimizer = Optimizer(dict(net.named_parameters()), {}, OptimConfig(weight_decay=0.5), 0.9, gradients="flat")
+    before = net[1].weight.clone()
+    for _ in range(3):
+        optimizer.zero_grad()
+        net[0](torch.ones(1, 2)).sum().backward()
+        optimizer.grad_norm()
+        optimizer.set_lr(0.1)
+        optimizer.step(FALSE, None)
+    assert torch.equal(net[1].weight, before)
 
 
 def test_kept_gradients_are_cleared_in_place() -> None:
@@ -354,7 +371,7 @@ class Pretended:
         nothing = lambda *_: None  # noqa: E731
         for name, value in {
             "Stream": Stream, "CUDAGraph": Graph, "graph": graph, "stream": stream, "synchronize": nothing,
-            "empty_cache": nothing, "current_stream": Stream,
+            "empty_cache": nothing, "current_stream": Stream, "graph_pool_handle": nothing, "current_device": lambda: 0,
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, value)
 
@@ -373,7 +390,7 @@ def test_the_graph_warms_up_records_once_and_replays(monkeypatch: pytest.MonkeyP
         return {"loss": total}
 
     fake = Pretended(monkeypatch, lambda: total.add_(graph.inputs[0][0][0].mean()))
-    graph = StepGraph(step, torch.device("cpu"), warm_up=2)
+    graph = StepGraph(step, torch.device("cpu"), torch.cuda.Stream(), warm_up=2)
     for value in range(1, 7):
         assert graph([batch_of(float(value))])["loss"] is total
         # It always works on its own memory, with this step's crops and targets.
@@ -405,7 +422,7 @@ def test_a_step_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch, must: b
         return {"loss": torch.ones(())}
 
     Pretended(monkeypatch, lambda: None)
-    graph = StepGraph(step, torch.device("cpu"), warm_up=1, must=must)
+    graph = StepGraph(step, torch.device("cpu"), torch.cuda.Stream(), warm_up=1, must=must)
     graph([batch_of(1.0)])
     if must:
         with pytest.raises(FastrexError, match=r"run\.cuda_graph=on.*not permitted when stream is capturing; use"):
@@ -415,3 +432,33 @@ def test_a_step_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch, must: b
     assert (graph.captured, graph.reason) == (False, "operation not permitted when stream is capturing")
     graph([batch_of(3.0)])
     assert len(calls) == 4  # nothing is lost: the step that failed to record was run, and the next ones are
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("run.cuda_graph=on",), "this run is on the CPU"),
+        (("run.cuda_graph=on", "run.compile=false"), "use auto or off"),
+    ],
+)
+def test_a_graph_asked_for_where_there_is_none(words: tuple[str, ...], why: str) -> None:
+    with pytest.raises(FastrexError, match=why):
+        trainer_and_batches(*words, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks", "own", "recorded", "line"),
+    [
+        ((), 1, True, True, "recorded after the first steps"),
+        (("run.cuda_graph=off",), 1, True, False, ""),
+        ((), 8, True, False, "off, over 8 ranks it is made on request (run.cuda_graph=on)"),
+        (("run.cuda_graph=on",), 8, True, True, "recorded after the first steps"),
+        (("optim.impl=apex",), 1, True, False, "off, optim.impl=apex takes the learning rate from the host"),
+        (("model.recompute=passes",), 1, True, True, "recorded after the first steps"),
+        (("model.recompute=passes",), 1, False, False, "off, model.recompute=passes repeats the random numbers"),
+    ],
+)
+def test_which_steps_are_recorded(words: tuple[str, ...], ranks: int, own: bool, recorded: bool, line: str) -> None:
+    done, lines = step_module._recorded(c.load("demo", words), torch.device("cuda"), ranks, own)
+    assert done == recorded
+    assert [text.startswith(f"CUDA graph: {line}") for text in lines] == [True] * bool(line)

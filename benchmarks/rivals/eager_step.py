@@ -21,8 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastrex import objectives
 from fastrex.config import Config, ModelConfig, ProjectorConfig
+from fastrex.data.dataset import DTYPES
 from fastrex.distributed import World
-from fastrex.step import DTYPES, resolve_precision
+from fastrex.step import resolve_precision
 
 from ._absent import Absent
 

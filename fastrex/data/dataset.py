@@ -27,8 +27,8 @@ from .plan import notices as plan_notices
 from .sources import find_source
 from .synthetic import SyntheticLoader
 
-# Crops arrive as the network computes: it would round them to that in its first layer.
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Crops arrive as the network computes (optim.precision): it would round them to that in its first layer.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SYNTHETIC = "synthetic"
 SYNTHETIC_CLASSES = 1000
 SYNTHETIC_IMAGES = 1_281_167

@@ -41,7 +41,7 @@ class _Copied(nn.Module):
 class Conv2d(_Copied, nn.Conv2d):
     """The convolutions of the encoders: a square kernel, as much padding as keeps the size, no bias.
 
-    ``weight_copy`` is None or the weight in a lower precision, with zeros for padded input channels.
+    ``weight_copy`` is None or the weight in a lower precision.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1) -> None:
@@ -53,9 +53,10 @@ class Conv2d(_Copied, nn.Conv2d):
             return super().forward(input)
         input = input.to(copy.dtype)
         weight: Tensor = self.weight
-        extra = copy.shape[1] - self.in_channels
+        extra = padded_channels(self.in_channels, input.device.type) - self.in_channels
         if extra:
-            input = F.pad(input, (0, 0, 0, 0, 0, extra))
+            # The copy too, in every pass: it is small, and the optimiser writes it where its master's layout is.
+            input, copy = (F.pad(tensor, (0, 0, 0, 0, 0, extra)) for tensor in (input, copy))
         stride, padding = self.stride[0], self.kernel_size[0] // 2
         if not (weight.requires_grad and torch.is_grad_enabled()):
             return conv2d(input, copy, stride=stride, padding=padding)
@@ -89,9 +90,9 @@ def attach_copies(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """Give every layer of ours below ``module`` copies of its parameters in ``dtype``.
 
     Returns:
-        The copies by the parameters' names in ``module.named_parameters()``, of the parameters' shapes; of their
-        strides too, unless channels are padded. Whoever changes a parameter must write its copy as well, or call
-        :func:`refresh_copies`. fp32 takes the copies away.
+        The copies by the parameters' names in ``module.named_parameters()``, of the parameters' shapes and strides.
+        Whoever changes a parameter must write its copy as well, or call :func:`refresh_copies`. fp32 takes the copies
+        away.
     """
     copies: dict[str, Tensor] = {}
     for prefix, layer in module.named_modules():
@@ -100,12 +101,9 @@ def attach_copies(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         layer.weight_copy = layer.bias_copy = None
         if dtype == torch.float32:
             continue
-        if isinstance(layer, Conv2d):
-            layer.weight_copy = _empty_copy(layer, dtype)
-        else:
-            layer.weight_copy = torch.empty_like(layer.weight, dtype=dtype, requires_grad=False)
-            if layer.bias is not None:
-                layer.bias_copy = torch.empty_like(layer.bias, dtype=dtype, requires_grad=False)
+        layer.weight_copy = torch.empty_like(layer.weight, dtype=dtype, requires_grad=False)
+        if layer.bias is not None:
+            layer.bias_copy = torch.empty_like(layer.bias, dtype=dtype, requires_grad=False)
         _refresh(layer)
         for name, copy in _copies(layer).items():
             copies[f"{prefix}.{name}".removeprefix(".")] = copy
@@ -119,20 +117,9 @@ def refresh_copies(module: nn.Module) -> None:
             _refresh(layer)
 
 
-def _empty_copy(layer: Conv2d, dtype: torch.dtype) -> Tensor:
-    weight = layer.weight
-    channels = padded_channels(layer.in_channels, weight.device.type)
-    if channels == layer.in_channels:
-        return torch.empty_like(weight, dtype=dtype, requires_grad=False)
-    zeros = weight.new_zeros((weight.shape[0], channels, *weight.shape[2:]), dtype=dtype, requires_grad=False)
-    return zeros.contiguous(memory_format=torch.channels_last)
-
-
 def _copies(layer: Conv2d | Linear) -> dict[str, Tensor]:
-    """The copies without their padding."""
-    weight, bias = layer.weight_copy, layer.bias_copy
-    copies = {} if weight is None else {"weight": weight[:, : layer.weight.shape[1]]}
-    return copies if bias is None else {**copies, "bias": bias}
+    found = {"weight": layer.weight_copy, "bias": layer.bias_copy}
+    return {name: copy for name, copy in found.items() if copy is not None}
 
 
 @torch.no_grad()

@@ -166,7 +166,8 @@ def resolve_bn(wanted: str, precision: str, device: torch.device, world_size: in
     if wanted == "torch":
         if world_size > 1:
             check_group(wanted, device)
-            return wanted, "batch norm: torch (PyTorch's SyncBatchNorm, sum and ReLU)"
+            words = "PyTorch's SyncBatchNorm, whose layers wait for the host, sum and ReLU"
+            return wanted, f"batch norm: torch ({words})"
         return wanted, "batch norm: torch (PyTorch's batch norm, sum and ReLU)"
     if wanted == "fused":
         return wanted, f"batch norm: {fused}"

@@ -202,7 +202,8 @@ def _send(host: Tensor, device: torch.device) -> Tensor:
     if _capturing(device):
         raise RuntimeError(
             "sgd_ema_: the tensors must have the addresses of an earlier call while a CUDA graph is captured, got new "
-            "ones; run a step before, and keep the gradients with zero_grad(set_to_none=False)"
+            "ones; run a step before, keep the gradients with zero_grad(set_to_none=False), and give every tensor of a "
+            "parameter the same strides"
         )
     return host.pin_memory().to(device, non_blocking=True)
 
