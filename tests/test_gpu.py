@@ -218,6 +218,36 @@ def test_a_graph_goes_on_from_tensors_that_were_loaded() -> None:
         assert apart(tensors(run), state) < 1e-2
 
 
+def test_after_a_recording_that_failed_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened("run.cuda_graph=auto") as (run, make):
+        real = run.optimizer.grad_norm
+
+        def reading(inv_scale: Tensor | None = None) -> Tensor:
+            norm = real(inv_scale)
+            if torch.cuda.is_current_stream_capturing():
+                norm.item()
+            return norm
+
+        monkeypatch.setattr(run.optimizer, "grad_norm", reading)
+        values = losses(run, make, 0, CAPTURED)
+        assert run.graph is not None
+        assert not run.graph.captured
+        assert run.graph.reason
+        assert all(value == pytest.approx(values[0], rel=0.5) for value in values)
+        assert torch.randn(4, device=DEVICE).isfinite().all()
+        # What other streams have used is still given back: the loader's batches are.
+        side = torch.cuda.Stream()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_reserved()
+        for step in range(CAPTURED, CAPTURED + 8):
+            batch = torch.ones(2**26, dtype=torch.uint8, device=DEVICE)
+            batch.record_stream(side)
+            del batch
+            losses(run, make, step, step + 1)
+            torch.cuda.synchronize()
+        assert torch.cuda.memory_reserved() <= before + 3 * 2**26
+
+
 def test_replays_take_no_more_memory() -> None:
     with opened("run.cuda_graph=on") as (run, make):
         losses(run, make, 0, CAPTURED + 2)

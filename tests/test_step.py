@@ -312,8 +312,13 @@ def test_fused_and_plain_agree_in_bf16() -> None:
     assert fused.optimizer.copies
     (losses, weights), (plain_losses, plain_weights) = run(fused, batches), run(plain, batches)
     exact_losses, exact_weights = run(exact, [as_float(batch) for batch in batches])
-    for ours, theirs, truth in zip(losses, plain_losses, exact_losses, strict=True):
-        assert abs(ours - truth) <= 2 * abs(theirs - truth) + 5e-3 * truth
+    assert losses[0] == pytest.approx(exact_losses[0], rel=2e-3)
+    # Later losses are noise of either sign: their size is what can be compared.
+    ours, theirs = (
+        max(abs(loss - truth) for loss, truth in zip(found, exact_losses, strict=True))
+        for found in (losses, plain_losses)
+    )
+    assert ours <= 2 * theirs + 5e-3 * exact_losses[0]
     assert apart(exact_weights, weights) <= 1.5 * apart(exact_weights, plain_weights)
     # The copies are the masters, rounded, after every step.
     for name, copy in fused.optimizer.copies.items():
