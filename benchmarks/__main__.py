@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from . import curve as curve_module
+from . import files
 from .gpu_jobs import PARTS
 from .gpu_jobs import Settings as GpuSettings
 
@@ -169,7 +170,7 @@ def loader(
         why = loader_report.chart(records, png_path)
         click.echo(why or f"chart: {png_path}")
     if json_path is not None:
-        loader_module.write_json(json_path, records)
+        files.write_json(json_path, records)
         click.echo(f"records: {json_path}")
 
 
@@ -245,7 +246,7 @@ def step(
 
     def keep(records: list[step_module.Record]) -> None:
         if json_path is not None:  # after every round: what is there is not lost with what fails
-            step_module.write_json(json_path, records)
+            files.write_json(json_path, records)
 
     with _one_line():
         if find_batch:
@@ -293,7 +294,6 @@ def run_command(
     fastrex bench run --data /data/imagenet/train --device cuda --json run.json
     """
     from . import run as run_module
-    from . import step as step_module
 
     device = _device(device)
     json_path, _ = _targets(f"run-{device}", json_path, None, out)
@@ -305,7 +305,7 @@ def run_command(
         records = run_module.run(wanted, _say)
     click.echo(run_module.table(records))
     if json_path is not None:
-        step_module.write_json(json_path, records)
+        files.write_json(json_path, records)
         click.echo(f"records: {json_path}")
 
 

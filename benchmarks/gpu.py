@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import FOREIGN, ROOT, gpu_jobs, gpu_process, gpu_report
+from .files import write_json
 from .gpu_facts import Facts
 from .gpu_jobs import Job, Part, Settings
 from .gpu_process import Ended, Stop
@@ -168,13 +169,6 @@ def write(settings: Settings, outcomes: Sequence[Outcome], facts: Mapping[str, A
     text = gpu_report.table(outcomes, facts, command)
     (settings.out / "gpu.md").write_text(text, encoding="utf-8")
     return text
-
-
-def write_json(path: Path, content: object) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def _read(path: Path) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 from fastrex import rundir
 from fastrex_kernels._op import Case, Op
 
-from . import FOREIGN, ROOT, measure, worker
+from . import FOREIGN, ROOT, files, measure, worker
 from .rivals import RIVALS
 
 KEYS = (
@@ -212,7 +212,4 @@ def start(spec: worker.Spec) -> worker.Answer:
 
 def write_json(path: Path, groups: Sequence[Group]) -> None:
     """All records so far, as a list."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    records = [record for group in groups for record in group.records]
-    temporary.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    files.write_json(path, [record for group in groups for record in group.records])

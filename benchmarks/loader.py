@@ -8,17 +8,10 @@ had been begun when it was stopped is not counted either. Before any time is tak
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
-import select
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,16 +24,15 @@ from fastrex.data.plan import Plan
 from fastrex.distributed import world
 from fastrex.errors import FastrexError
 
-from . import FOREIGN, ROOT, machine, measure
+from . import machine, measure
 from .loader_worker import FASTREX, IMPLS, Answer, Spec, open_images
+from .processes import Team
 
 KEYS = (
     "op", "impl", "stage", "device", "threads", "batch", "crops", "images_per_s_p20", "images_per_s_p50",
     "images_per_s_p80", "ratio", "share", "rounds", "data", "error", "versions", "commit", "command",
 )  # fmt: skip
 ROUND_S = 4.0
-# A start with a cold compiler cache or a slow disk, and still an end.
-LIMIT_S = 900
 # Mean difference of two pictures of one crop, normalised: 3.5 levels of 255; Pillow rounds after each operation.
 PICTURE_TOLERANCE = 0.06
 # Other draws for the same images change a crop's mean and deviation by about 0.5; so much for one crop.
@@ -71,73 +63,10 @@ class Settings:
         return (*self.words, *here, "optim.accumulate=1")
 
 
-class Worker:
-    """A process with one loader, stopped except while it answers."""
-
-    def __init__(self, impl: str, settings: Settings, folder: str) -> None:
-        self.impl = impl
-        self.log = Path(folder) / f"{impl}.log"
-        spec = Spec(impl, settings.recipe, settings.configuration, settings.device, settings.threads, folder)
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
-        # A checkout works from any folder; an installation needs no path.
-        path = [str(ROOT)] if __package__ == "benchmarks" else []
-        path += os.environ.get("PYTHONPATH", "").split(os.pathsep)
-        kept |= {"PYTHONPATH": os.pathsep.join(dict.fromkeys(p for p in path if p))}
-        kept |= {"OMP_NUM_THREADS": str(settings.threads)}
-        # A group, not a session, of its own: the kernel ends a stopped group whose parent has died.
-        with self.log.open("w", encoding="utf-8") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", f"{__package__}.loader_worker", spec.to_json()],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=kept, process_group=0,
-            )  # fmt: skip
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.questions, self.answers = self.process.stdin, self.process.stdout
-
-    def ask(self, do: str, **more: Any) -> Answer:
-        """The answer to a question.
-
-        Raises:
-            FastrexError: the process ended, or does not answer.
-        """
-        self._signal(signal.SIGCONT)
-        line = ""
-        with contextlib.suppress(BrokenPipeError):
-            self.questions.write(json.dumps({"do": do, **more}) + "\n")
-            self.questions.flush()
-            if not select.select([self.answers], [], [], LIMIT_S)[0]:
-                raise FastrexError(f"bench loader: {self.impl} has not answered for {LIMIT_S} s")
-            line = self.answers.readline()
-        if not line:
-            raise FastrexError(f"bench loader: {self.impl} ended: {self._last_words()}")
-        self._signal(signal.SIGSTOP)
-        answer: Answer = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        """End the process and its own workers."""
-        with contextlib.suppress(BrokenPipeError):
-            self.questions.close()
-        self._signal(signal.SIGCONT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(20)
-        self._signal(signal.SIGKILL)
-        self.process.wait()
-        self.answers.close()
-
-    def _signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
-
-    def _last_words(self) -> str:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(20)
-        if (self.process.returncode or 0) < 0:
-            return f"killed by signal {-self.process.returncode}"
-        words = self.log.read_text(encoding="utf-8", errors="replace")
-        last = (words.strip().splitlines() or ["no message"])[-1]
-        kind, _, text = last.partition(": ")
-        return text if kind.rpartition(".")[2] in ("FastrexError", "UsageError", "BadSample") else last
+def start(impl: str, settings: Settings, folder: str) -> Team:
+    """A process with one loader."""
+    spec = Spec(impl, settings.recipe, settings.configuration, settings.device, settings.threads, folder)
+    return Team(impl, "loader_worker", [spec.to_json()], folder, [{"OMP_NUM_THREADS": str(settings.threads)}])
 
 
 def run(settings: Settings, say: Callable[[str], None] = lambda _: None) -> list[Record]:
@@ -157,9 +86,9 @@ def run(settings: Settings, say: Callable[[str], None] = lambda _: None) -> list
     for impl in answers:
         say(f"stages of {impl}")
         with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
-            worker = Worker(impl, settings, folder)
+            worker = start(impl, settings, folder)
             stack.callback(worker.close)
-            stages[impl] = worker.ask("stages", seconds=settings.seconds / 2)
+            (stages[impl],) = worker.ask("stages", seconds=settings.seconds / 2)
     records = _records(base, settings.impls, answers, speeds, absent)
     for impl, answer in stages.items():
         # The profile of the rival is one worker's.
@@ -178,13 +107,13 @@ def _rounds(
     count = max(1, round(settings.seconds / ROUND_S / 2)) * 2
     answers: dict[str, Answer] = {}
     absent: dict[str, str] = {}
-    workers: dict[str, Worker] = {}
+    workers: dict[str, Team] = {}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         for impl in settings.impls:
             say(f"starting {impl}")
-            workers[impl] = Worker(impl, settings, folder)
+            workers[impl] = start(impl, settings, folder)
             stack.callback(workers[impl].close)
-            answer = workers[impl].ask("sample")
+            (answer,) = workers[impl].ask("sample")
             if "absent" in answer:
                 absent[impl] = answer["absent"]
             else:
@@ -196,7 +125,7 @@ def _rounds(
         for number in range(count):
             for impl in measure.order(list(answers), number):
                 say(f"round {number + 1} of {count}: {impl}")
-                done = workers[impl].ask("round", seconds=settings.seconds / count)
+                (done,) = workers[impl].ask("round", seconds=settings.seconds / count)
                 speeds[impl].append(done["images"] / done["seconds"])
     return answers, speeds, absent
 
@@ -294,10 +223,3 @@ def _stage_records(base: Record, answer: Answer) -> list[Record]:
 
 def _quantiles(speeds: Sequence[float]) -> Record:
     return {f"images_per_s_p{p}": round(measure.quantile(speeds, p / 100), 2) for p in (20, 50, 80)}
-
-
-def write_json(path: Path, records: Sequence[Record]) -> None:
-    """All records, as a list."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)

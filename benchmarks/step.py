@@ -9,9 +9,7 @@ first steps are compared.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
 import socket
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -312,10 +310,3 @@ def _roofline(settings: Settings, config: Config, precision: str, speed: float, 
         most = {level: settings.ranks * bound.images_per_s(peak, able["bandwidth"]) for level, bound in bounds.items()}
         found["roofline_share"] = {level: round(speed / bound, 4) for level, bound in most.items()}
     return found
-
-
-def write_json(path: Path, records: Sequence[Record]) -> None:
-    """All records, as a list."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)

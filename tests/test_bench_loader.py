@@ -158,19 +158,19 @@ def settings(folder: Path, *impls: str) -> loader.Settings:
 
 
 def test_a_loader_works_only_while_it_is_asked(folder: Path, tmp_path: Path) -> None:
-    worker = loader.Worker("pillow", settings(folder), str(tmp_path))
+    worker = loader.start("pillow", settings(folder), str(tmp_path))
     try:
-        assert worker.ask("round", seconds=0.01)["images"] % 4 == 0
-        pids = group_of(worker.process.pid)
+        assert worker.ask("round", seconds=0.01)[0]["images"] % 4 == 0
+        pids = group_of(worker.members[0].pid)
         assert len(pids) == 2  # itself and one worker of the DataLoader
         deadline = time.monotonic() + 10
         while {state(pid) for pid in pids} != {"T"} and time.monotonic() < deadline:
             time.sleep(0.01)
         assert {state(pid) for pid in pids} == {"T"}
-        assert worker.ask("round", seconds=0.01)["images"] > 0
+        assert worker.ask("round", seconds=0.01)[0]["images"] > 0
     finally:
         worker.close()
-    assert not group_of(worker.process.pid)
+    assert not group_of(worker.members[0].pid)
 
 
 def state(pid: int) -> str:
@@ -190,7 +190,7 @@ def group_of(leader: int) -> list[int]:
 
 
 def test_a_loader_that_ends_says_why(folder: Path, tmp_path: Path) -> None:
-    worker = loader.Worker("fastrex", settings(tmp_path / "nothing"), str(tmp_path))
+    worker = loader.start("fastrex", settings(tmp_path / "nothing"), str(tmp_path))
     try:
         with pytest.raises(FastrexError, match=r"fastrex ended: .*nothing"):
             worker.ask("sample")
