@@ -81,7 +81,9 @@ def _plot(curves: Mapping[str, dict[str, list[dict[str, float]]]], name: str, ta
     left.set(title="training loss", xlabel="step")
     left.set_ylim(bottom=0)
     right.set(title="accuracy", xlabel="step", ylim=(0, 1))
-    right.legend(loc="lower right", frameon=False, fontsize=None if lone else 7)
+    right.legend(
+        loc="lower right" if lone else "upper left", frameon=False, fontsize=None if lone else 6, ncols=1 if lone else 2
+    )
     for axis in (left, right):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

@@ -9,10 +9,9 @@ from typing import Any
 
 from fastrex import config as config_module
 from fastrex import rundir
-from fastrex.cli_options import located
 from fastrex.errors import FastrexError
 
-from . import measure
+from . import loader, measure
 from .processes import Answer, Team
 from .run_worker import Spec
 from .step import Record
@@ -29,22 +28,11 @@ BAR = 0.95
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What is measured. ``words`` are ``section.key=value``; ``seconds`` are those of all phases together."""
+class Settings(loader.Settings):
+    """What is measured; ``seconds`` are those of all phases together."""
 
-    data: str
-    recipe: str = "trex"
-    words: tuple[str, ...] = ()
-    device: str = "cpu"
-    threads: int = 1
     batch: int = 8
     seconds: float = 60.0
-    command: str = ""
-
-    @property
-    def configuration(self) -> tuple[str, ...]:
-        here = (*located(self.data), f"optim.batch_size={self.batch}", f"data.threads={self.threads}")
-        return (*self.words, *here, "optim.accumulate=1")
 
 
 def run(settings: Settings, say: Callable[[str], None] = lambda _: None) -> list[Record]:
