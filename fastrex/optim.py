@@ -97,12 +97,11 @@ def _flattened(parameters: Sequence[nn.Parameter]) -> Tensor:
     # Each starts at 256 bytes, as torch's allocators align tensors.
     starts = [0]
     for p in parameters:
-        if not torch.ops.aten.is_non_overlapping_and_dense(p):
-            raise ValueError(f"Optimizer: parameters must fill their memory for flat gradients, got {p.stride()}")
         starts.append(starts[-1] + -(-p.numel() // 64) * 64)
     flat = parameters[0].new_zeros(starts[-1], requires_grad=False)
     for p, start in zip(parameters, starts, strict=False):
-        view = flat.as_strided(p.shape, p.stride(), start)
+        own = p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
+        view = flat.as_strided(p.shape, p.stride(), start) if own else flat[start : start + p.numel()].view(p.shape)
         p.grad = view.copy_(p.grad)  # type: ignore[arg-type]
     return flat
 
