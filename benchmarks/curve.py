@@ -62,10 +62,16 @@ def _plot(curves: Mapping[str, dict[str, list[dict[str, float]]]], name: str, ta
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     lone = len(curves) == 1
-    # One run: a colour per quantity. Several: a colour per run.
-    for (run, curve), colour in zip(curves.items(), cycle(COLOURS), strict=False):
+    # One run: a colour per quantity. Several: a colour per run, runs that differ in their "-seed" alone share one.
+    groups = {run: run.partition("-seed")[0] for run in curves}
+    colours = dict(zip(dict.fromkeys(groups.values()), cycle(COLOURS), strict=False))
+    named: set[str] = set()
+    for run, curve in curves.items():
+        group, colour = groups[run], colours[groups[run]]
+        first = group not in named
+        named.add(group)
         steps = [r["step"] for r in curve["train"]]
-        left.plot(steps, [r["train/loss"] for r in curve["train"]], color=colour, label=run)
+        left.plot(steps, [r["train/loss"] for r in curve["train"]], color=colour)
         if lone:
             top1 = [r["train/top1"] for r in curve["train"]]
             right.plot(steps, top1, color="#9498a0", label="top-1 over all crops, training")
@@ -76,14 +82,12 @@ def _plot(curves: Mapping[str, dict[str, list[dict[str, float]]]], name: str, ta
             points = [(r["step"], r[key]) for r in curve["eval"] if key in r]
             if points:
                 look = {"color": own} if lone else {"color": colour, "linestyle": dashes}
-                label = words if lone else f"{run}: {words}"
+                label = words if lone else f"{group}: {words}" if first else None
                 right.plot(*zip(*points, strict=True), marker="o", label=label, **look)
     left.set(title="training loss", xlabel="step")
     left.set_ylim(bottom=0)
     right.set(title="accuracy", xlabel="step", ylim=(0, 1))
-    right.legend(
-        loc="lower right" if lone else "upper left", frameon=False, fontsize=None if lone else 6, ncols=1 if lone else 2
-    )
+    right.legend(loc="lower right" if lone else "upper left", frameon=False)
     for axis in (left, right):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

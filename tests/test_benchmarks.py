@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import ROOT, environment
 from torch import Tensor
 
 import fastrex_kernels
 from benchmarks import bars, kernels, machine, measure, report, rivals, truth, worker
+from benchmarks.__main__ import main
 from benchmarks.rivals import RIVALS, Absent
 from fastrex_kernels import cosine_cross_entropy
 from fastrex_kernels._op import Call, Cost, Op
@@ -380,3 +382,28 @@ def test_command_line(tiny: str, tmp_path: Path) -> None:
     }
     assert all(r["command"].startswith("fastrex bench kernels --op right --case small") for r in records)
     assert str(tmp_path) not in records[0]["command"]
+
+
+def test_curves_of_one_run_and_of_several(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    for name, loss in (("a-seed0", 2.0), ("a-seed1", 1.9), ("b-seed0", 1.5)):
+        run = tmp_path / name
+        run.mkdir()
+        lines = [
+            {"step": 1, "time": 10.0, "train/loss": loss, "train/top1": 0.1},
+            {"step": 1, "time": 3610.0, "eval/knn": 0.5, "eval/top1": 0.4},
+        ]
+        (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+        (run / "env.json").write_text('{"torch": "2"}', encoding="utf-8")
+        (run / "config.toml").write_text(f'path = "{tmp_path}"\nseed = 0\n', encoding="utf-8")
+    runs = [str(tmp_path / name) for name in ("a-seed0", "a-seed1", "b-seed0")]
+    done = CliRunner().invoke(main, ["curve", *runs, "--name", "all", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    content = json.loads((tmp_path / "all.json").read_text(encoding="utf-8"))
+    assert [found["train"][0]["train/loss"] for found in content["runs"].values()] == [2.0, 1.9, 1.5]
+    assert content["runs"]["b-seed0"]["eval"][0]["hours"] == 1.0
+    assert str(tmp_path) not in json.dumps(content)
+    assert (tmp_path / "all.png").stat().st_size > 10_000
+    done = CliRunner().invoke(main, ["curve", runs[0], "--name", "one", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "one.json").read_text(encoding="utf-8"))["train"][0]["step"] == 1
