@@ -79,7 +79,7 @@ class StepGraph:
             self.captured = True
             self.graph.replay()
             return self.outputs
-        self.reason = str(error).strip().partition("\n")[0]
+        self.reason = str(error).strip().partition("\n")[0] or type(error).__name__
         self.graph, self.outputs = None, {}
         _abandon(self.device, pool)
         if self.must:

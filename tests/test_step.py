@@ -416,6 +416,19 @@ def test_the_graph_warms_up_records_once_and_replays(monkeypatch: pytest.MonkeyP
         graph([batch_of(1.0)] * 2)
 
 
+def test_an_error_without_words_ends_the_recording_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(inputs: Inputs) -> dict[str, Tensor]:
+        if fake.events == ["record"] and graph.reason == "":
+            raise AssertionError
+        return {"loss": torch.ones(())}
+
+    fake = Pretended(monkeypatch, lambda: None)
+    graph = StepGraph(step, torch.device("cpu"), torch.cuda.Stream(), warm_up=0)
+    for value in (1.0, 2.0):
+        graph([batch_of(value)])
+    assert (graph.captured, graph.reason, fake.events) == (False, "AssertionError", ["record"])
+
+
 @pytest.mark.parametrize("must", [False, True])
 def test_a_step_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch, must: bool) -> None:
     calls = []
