@@ -22,6 +22,13 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 OUTPUTS = ("json_path", "png_path", "out")
 
 
+DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+THREADS = click.option("--threads", type=click.IntRange(min=1), help="CPU cores of all together; default: all.")
+BATCH = click.option("--batch", type=click.IntRange(min=2), help="Images in a step; default: 8, on a GPU 256.")
+JSON = click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the records to this file.")
+PNG = click.option("--png", "png_path", type=click.Path(path_type=Path), help="Write the chart to this file.")
+
+
 @click.group(context_settings=CONTEXT)
 def main() -> None:
     """Benchmarks of fastrex; each writes the JSON that its figures come from.
@@ -50,11 +57,11 @@ def main() -> None:
     "--allocator", type=click.Choice(["pooled", "default", "both"]), default="both", show_default=True,
     help="CPU memory: pooled as fastrex sets it, or the C library's default; both: the latter for one direction.",
 )  # fmt: skip
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@DEVICE
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: every core.")
 @click.option("--seconds", type=click.FloatRange(min=0), default=8.0, show_default=True, help="Per case and dtype.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the records to this file.")
-@click.option("--png", "png_path", type=click.Path(path_type=Path), help="Write the chart to this file.")
+@JSON
+@PNG
 @click.option("--out", type=click.Path(path_type=Path), help="Write kernels-DEVICE.json and .png to this folder.")
 @click.option("--ops", default="fastrex_kernels", hidden=True, help="Module whose OPS are measured.")
 @click.pass_context
@@ -117,11 +124,11 @@ def kernels(
 @click.option("--data", "data_path", metavar="PATH", required=True, help="Images, as for fastrex train.")
 @click.option("--recipe", default="trex", show_default=True, help="Crops and augmentations.")
 @click.option("--batch", type=click.IntRange(min=2), default=32, show_default=True, help="Images in a batch.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@DEVICE
 @click.option("--threads", type=click.IntRange(min=1), help="Cores that each loader may use; default: all.")
 @click.option("--seconds", type=click.FloatRange(min=0), default=24.0, show_default=True, help="Per loader.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the records to this file.")
-@click.option("--png", "png_path", type=click.Path(path_type=Path), help="Write the chart to this file.")
+@JSON
+@PNG
 @click.option("--out", type=click.Path(path_type=Path), help="Write loader-DEVICE.json and .png to this folder.")
 @click.pass_context
 def loader(
@@ -147,24 +154,17 @@ def loader(
     fastrex bench loader --data /data/imagenet/train --threads 2 --json loader.json
     fastrex bench loader --data PATH data.local_crops=2 data.prefetch=4
     """
-    from fastrex.errors import FastrexError
-
     from . import loader as loader_module
     from . import loader_report
 
     device = _device(device)
-    cores = len(os.sched_getaffinity(0))
-    if threads is not None and threads > cores:
-        raise click.UsageError(f"--threads must be at most the number of cores, {cores}, got {threads}")
-    json_path, png_path = _targets(f"loader-{device}", json_path, png_path, out)
     wanted = loader_module.Settings(
-        data=data_path, recipe=recipe, words=settings, device=device, threads=threads or cores, batch=batch,
+        data=data_path, recipe=recipe, words=settings, device=device, threads=_threads(threads), batch=batch,
         seconds=seconds, command=_command(context),
     )  # fmt: skip
-    try:
-        records = loader_module.run(wanted, lambda text: click.echo(text, err=True))
-    except FastrexError as error:
-        raise click.ClickException(str(error)) from None
+    json_path, png_path = _targets(f"loader-{device}", json_path, png_path, out)
+    with _one_line():
+        records = loader_module.run(wanted, _say)
     click.echo(loader_report.table(records))
     if png_path is not None:
         why = loader_report.chart(records, png_path)
@@ -172,12 +172,6 @@ def loader(
     if json_path is not None:
         files.write_json(json_path, records)
         click.echo(f"records: {json_path}")
-
-
-DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-THREADS = click.option("--threads", type=click.IntRange(min=1), help="CPU cores of all together; default: all.")
-BATCH = click.option("--batch", type=click.IntRange(min=2), help="Images in a step; default: 8, on a GPU 256.")
-JSON = click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the records to this file.")
 
 
 @main.command()
@@ -199,7 +193,7 @@ JSON = click.option("--json", "json_path", type=click.Path(path_type=Path), help
 @click.option("--find-batch", is_flag=True, help="Instead: the largest batch whose step fits into memory.")
 @click.option("--limit-mib", type=click.FloatRange(min=0), default=0.0, help="Of --find-batch; default: what is free.")
 @JSON
-@click.option("--png", "png_path", type=click.Path(path_type=Path), help="Write the chart to this file.")
+@PNG
 @click.option("--out", type=click.Path(path_type=Path), help="Write step-DEVICE.json and .png to this folder.")
 @click.pass_context
 def step(
@@ -411,7 +405,7 @@ def gpu(
     one whose time is over keeps what it has, one that crashes stops no other. Exit code 0: everything that could run
     ran, and no test failed.
 
-    
+    \b
     python -m benchmarks gpu --out gpu-results
     python -m benchmarks gpu --out gpu-results --data /data/imagenet --part loader --part run
     """
