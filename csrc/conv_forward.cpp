@@ -152,6 +152,17 @@ void multiply_all(const Product& product, const std::vector<Taps>& taps, const u
   });
 }
 
+// The product of tensors: `source` channels-last, into `output`.
+at::Tensor multiplied(Product product, const std::vector<Taps>& taps, const at::Tensor& source,
+                      const at::Tensor& weight, Pack pack, const at::Tensor& output) {
+  const at::Tensor zeros = at::zeros({product.run}, source.options());
+  product.zeros = static_cast<const uint16_t*>(zeros.const_data_ptr());
+  product.source = static_cast<const uint16_t*>(source.const_data_ptr());
+  product.target = static_cast<uint16_t*>(output.mutable_data_ptr());
+  multiply_all(product, taps, static_cast<const uint16_t*>(weight.const_data_ptr()), pack);
+  return output;
+}
+
 // How many images' rows are interleaved. At one position of many images a tap outside is outside for a whole tile and
 // is skipped: a third less time for maps of 3x3, 7 % for 6x6. Not where so many images would not stay in L2.
 int64_t interleaved(int64_t images, int64_t kernel, int64_t image_bytes) {
@@ -221,12 +232,7 @@ at::Tensor conv_forward(const at::Tensor& any_input, const at::Tensor& any_weigh
   product.columns = columns;
   product.group = flat ? 1 : interleaved(images, kernel, product.source_image * 2);
   product.ahead = product.group == 1 ? ROWS * stride * channels * 2 : 0;
-  const at::Tensor zeros = at::zeros({product.run}, input.options());
-  product.zeros = static_cast<const uint16_t*>(zeros.const_data_ptr());
-  product.source = static_cast<const uint16_t*>(input.const_data_ptr());
-  product.target = static_cast<uint16_t*>(output.mutable_data_ptr());
-  multiply_all(product, taps, static_cast<const uint16_t*>(weight.const_data_ptr()), pack_forward);
-  return output;
+  return multiplied(product, taps, input, weight, pack_forward, output);
 }
 
 at::Tensor conv_input_grad(const at::Tensor& any_grad, const at::Tensor& any_weight, int64_t tall, int64_t wide,
@@ -270,12 +276,7 @@ at::Tensor conv_input_grad(const at::Tensor& any_grad, const at::Tensor& any_wei
   product.columns = columns;
   product.group = interleaved(images, kernel, product.source_image * 2);
   product.ahead = product.group == 1 ? ROWS * channels * 2 : 0;
-  const at::Tensor zeros = at::zeros({product.run}, grad.options());
-  product.zeros = static_cast<const uint16_t*>(zeros.const_data_ptr());
-  product.source = static_cast<const uint16_t*>(grad.const_data_ptr());
-  product.target = static_cast<uint16_t*>(output.mutable_data_ptr());
-  multiply_all(product, taps, static_cast<const uint16_t*>(weight.const_data_ptr()), pack_gradient);
-  return output;
+  return multiplied(product, taps, grad, weight, pack_gradient, output);
 }
 
 }  // namespace
