@@ -24,8 +24,8 @@ OBJECTIVE = "objective"
 RESUMABLE = {
     "data": ("on_bad_sample", "max_bad_samples", "threads", "prefetch"),
     "model": ("recompute",),
-    "checkpoint": ("every_epochs", "every_steps", "keep"),
-    "run": ("log_every", "tensorboard", "wandb", "cuda_graph", "compile"),
+    "checkpoint": ("every_epochs", "every_steps", "keep_last", "keep_every", "background", "on_failure"),
+    "run": ("log_every", "tensorboard", "wandb", "cuda_graph", "compile", "stall_s"),
 }
 
 
@@ -208,7 +208,14 @@ class CheckpointConfig:
 
     every_epochs: int = setting(1, "save every so many epochs and at the end (0 = by steps only)", low=0)
     every_steps: int = setting(0, "save every so many steps too (0 = off)", low=0)
-    keep: int = setting(2, "newest checkpoints kept", low=1)
+    keep_last: int = setting(2, "newest checkpoints kept", low=1)
+    keep_every: int = setting(0, "also keep, for good, those at multiples of so many steps (0 = none)", low=0)
+    background: bool = setting(True, "write while training goes on; false = training waits for the disk")
+    on_failure: str = setting(
+        "continue",
+        "a checkpoint that cannot be written (disk full): continue, say so and try at the next one, or stop",
+        choices=("continue", "stop"),
+    )
 
 
 @dataclass(frozen=True)
@@ -223,6 +230,11 @@ class RunConfig:
         "auto", "replay the whole step as one CUDA graph (auto = on a single GPU)", choices=("auto", "on", "off")
     )
     compile: bool = setting(False, "torch.compile the encoders")
+    stall_s: float = setting(
+        600.0,
+        "seconds without progress after which a job of several ranks ends and says who hangs (0 = never)",
+        low=0.0,
+    )
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def save(trainer: Trainer, data: Dataset, run: Path, step: int) -> None:
             "torch": torch.__version__,
             "config": config_module.to_toml(config),
         }
-        checkpoint.save(run, step, trainer.parts(), state, config.checkpoint.keep)
+        checkpoint.save(run, step, trainer.parts(), state, config.checkpoint.keep_last)
     distributed.barrier(trainer.world)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -95,3 +96,31 @@ def environment() -> dict[str, str]:
     """For processes that tests start: the checkout on the path, one thread, nothing of an outer torchrun."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC_", "MASTER_")) and k != "RANK"}
     return {**kept, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--report", metavar="FILE", help="write what the fault tests injected and what survived, as JSON")
+
+
+FAULTS = pytest.StashKey[list[dict[str, object]]]()
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """``report("T14", "a rank raises at step 5", injected=1, survived=1, bits_equal=True)``: a line of the table of
+    faults. Called once per kind of fault, after what it says was asserted; further keywords are kept as they are."""
+
+    def note(
+        number: str, fault: str, *, injected: int, survived: int, bits_equal: bool | None = None, **more: object
+    ) -> None:
+        line = {"id": number, "fault": fault, "injected": injected, "survived": survived, "bits_equal": bits_equal}
+        request.config.stash.setdefault(FAULTS, []).append({**line, **more, "test": request.node.nodeid})
+
+    return note
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("--report")
+    if path:
+        lines = sorted(session.config.stash.get(FAULTS, []), key=lambda line: (str(line["id"]), str(line["fault"])))
+        Path(path).write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,73 @@
+"""Files that are there whole or not at all, also after a kill or a power cut: written beside their place, flushed,
+renamed. Standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
+    """A name beside ``path`` to write to (``suffix``: for writers that choose their format by it); what stands
+    there at the end takes the place of ``path`` in one rename, with the mode that the umask asks for.
+
+    After an error ``path`` is as it was and nothing else is left. Two writers never share the name.
+
+    Raises:
+        OSError: the folder is missing, full or read-only.
+    """
+    temp = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{suffix}")
+    try:
+        yield temp
+        temp.chmod(0o666 & ~umask())
+        sync(temp)
+        temp.replace(path)
+        sync(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            temp.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small text file (UTF-8)."""
+    with replacing(path) as temp:
+        temp.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace a small JSON file."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def umask() -> int:
+    """The mask that this process creates files with."""
+    # Read from /proc: os.umask can only be asked by setting it, for all threads.
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as status:
+        for line in status:
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
