@@ -102,11 +102,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--report", metavar="FILE", help="write what the fault tests injected and what survived, as JSON")
 
 
-FAULTS = pytest.StashKey[list[dict[str, object]]]()
-
-
 @pytest.fixture
-def report(request: pytest.FixtureRequest) -> Callable[..., None]:
+def report(record_property: Callable[[str, object], None], request: pytest.FixtureRequest) -> Callable[..., None]:
     """``report("T14", "a rank raises at step 5", injected=1, survived=1, bits_equal=True)``: a line of the table of
     faults. Called once per kind of fault, after what it says was asserted; further keywords are kept as they are."""
 
@@ -114,13 +111,22 @@ def report(request: pytest.FixtureRequest) -> Callable[..., None]:
         number: str, fault: str, *, injected: int, survived: int, bits_equal: bool | None = None, **more: object
     ) -> None:
         line = {"id": number, "fault": fault, "injected": injected, "survived": survived, "bits_equal": bits_equal}
-        request.config.stash.setdefault(FAULTS, []).append({**line, **more, "test": request.node.nodeid})
+        record_property("fault", {**line, **more, "test": request.node.nodeid})
 
     return note
 
 
+FAULTS: list[dict[str, object]] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    # The reports of a test's phases repeat its properties; over several workers this runs where all of them arrive.
+    if report.when == "teardown":
+        FAULTS.extend(value for name, value in report.user_properties if name == "fault" and isinstance(value, dict))
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("--report")
-    if path:
-        lines = sorted(session.config.stash.get(FAULTS, []), key=lambda line: (str(line["id"]), str(line["fault"])))
+    if path and not hasattr(session.config, "workerinput"):
+        lines = sorted(FAULTS, key=lambda line: (str(line["id"]), str(line["fault"])))
         Path(path).write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
