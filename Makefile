@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: demo test test-triton lint clean
+.PHONY: demo test test-faults test-triton lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/fastrex train demo
@@ -15,6 +15,13 @@ PYTEST := $(BIN)/python -m pytest -q -n $(PYTEST_PROCESSES) --dist loadfile
 
 test: $(VENV)/dev lint
 	$(PYTEST)
+
+# Kills, hangs, full disks and hostile files, for real; the table of RELIABILITY.md is written anew, also after failures.
+FAULTS := build/faults.json
+test-faults: $(VENV)/dev
+	mkdir -p build && rm -f $(FAULTS)
+	$(PYTEST) -m '' tests/test_faults_*.py --report $(FAULTS); tests=$$?; \
+	  $(BIN)/python -m benchmarks reliability $(FAULTS) && exit $$tests
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import click
 
+from fastrex.cli_options import PLACE, SOURCE
+
 from . import curve as curve_module
 from . import files
 from .gpu_jobs import PARTS
@@ -25,8 +27,8 @@ OUTPUTS = ("json_path", "png_path", "out")
 DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 THREADS = click.option("--threads", type=click.IntRange(min=1), help="CPU cores of all together; default: all.")
 BATCH = click.option("--batch", type=click.IntRange(min=2), help="Images in a step; default: 8, on a GPU 256.")
-JSON = click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the records to this file.")
-PNG = click.option("--png", "png_path", type=click.Path(path_type=Path), help="Write the chart to this file.")
+JSON = click.option("--json", "json_path", type=PLACE, help="Write the records to this file.")
+PNG = click.option("--png", "png_path", type=PLACE, help="Write the chart to this file.")
 
 
 @click.group(context_settings=CONTEXT)
@@ -41,6 +43,7 @@ def main() -> None:
     fastrex bench run --data PATH --json run.json
     fastrex bench curve RUN --name NAME
     fastrex bench gpu --out DIR
+    python -m benchmarks reliability FILE
     """
 
 
@@ -62,7 +65,7 @@ def main() -> None:
 @click.option("--seconds", type=click.FloatRange(min=0), default=8.0, show_default=True, help="Per case and dtype.")
 @JSON
 @PNG
-@click.option("--out", type=click.Path(path_type=Path), help="Write kernels-DEVICE.json and .png to this folder.")
+@click.option("--out", type=PLACE, help="Write kernels-DEVICE.json and .png to this folder.")
 @click.option("--ops", default="fastrex_kernels", hidden=True, help="Module whose OPS are measured.")
 @click.pass_context
 def kernels(
@@ -121,7 +124,7 @@ def kernels(
 
 @main.command()
 @click.argument("settings", nargs=-1, metavar="[section.key=value ...]")
-@click.option("--data", "data_path", metavar="PATH", required=True, help="Images, as for fastrex train.")
+@click.option("--data", "data_path", type=SOURCE, metavar="PATH", required=True, help="Images, as for fastrex train.")
 @click.option("--recipe", default="trex", show_default=True, help="Crops and augmentations.")
 @click.option("--batch", type=click.IntRange(min=2), default=32, show_default=True, help="Images in a batch.")
 @DEVICE
@@ -129,7 +132,7 @@ def kernels(
 @click.option("--seconds", type=click.FloatRange(min=0), default=24.0, show_default=True, help="Per loader.")
 @JSON
 @PNG
-@click.option("--out", type=click.Path(path_type=Path), help="Write loader-DEVICE.json and .png to this folder.")
+@click.option("--out", type=PLACE, help="Write loader-DEVICE.json and .png to this folder.")
 @click.pass_context
 def loader(
     context: click.Context,
@@ -194,7 +197,7 @@ def loader(
 @click.option("--limit-mib", type=click.FloatRange(min=0), default=0.0, help="Of --find-batch; default: what is free.")
 @JSON
 @PNG
-@click.option("--out", type=click.Path(path_type=Path), help="Write step-DEVICE.json and .png to this folder.")
+@click.option("--out", type=PLACE, help="Write step-DEVICE.json and .png to this folder.")
 @click.pass_context
 def step(
     context: click.Context,
@@ -259,14 +262,14 @@ def step(
 
 @main.command("run")
 @click.argument("settings", nargs=-1, metavar="[section.key=value ...]")
-@click.option("--data", "data_path", metavar="PATH", required=True, help="Images, as for fastrex train.")
+@click.option("--data", "data_path", type=SOURCE, metavar="PATH", required=True, help="Images, as for fastrex train.")
 @click.option("--recipe", default="trex", show_default=True)
 @BATCH
 @DEVICE
 @THREADS
 @click.option("--seconds", type=click.FloatRange(min=0), default=60.0, show_default=True, help="Of all phases.")
 @JSON
-@click.option("--out", type=click.Path(path_type=Path), help="Write run-DEVICE.json to this folder.")
+@click.option("--out", type=PLACE, help="Write run-DEVICE.json to this folder.")
 @click.pass_context
 def run_command(
     context: click.Context,
@@ -371,7 +374,7 @@ def _command(context: click.Context) -> str:
 )
 @click.option("--name", required=True, help="Stem of the files.")
 @click.option("--command", default="", help="The command that made the run, to be kept with the figures.")
-@click.option("--out", type=click.Path(path_type=Path), default=curve_module.RESULTS, show_default=True)
+@click.option("--out", type=PLACE, default=curve_module.RESULTS, show_default=True)
 def curve(runs: tuple[Path, ...], name: str, command: str, out: Path) -> None:
     """Loss, accuracy and k-NN of each RUN over its steps, in one picture."""
     for path in curve_module.write(runs, name, command, out):
@@ -379,9 +382,34 @@ def curve(runs: tuple[Path, ...], name: str, command: str, out: Path) -> None:
 
 
 @main.command()
+@click.argument("raw", metavar="FILE", type=PLACE)
+@click.option("--out", type=PLACE, default=curve_module.RESULTS, show_default=True)
+@click.option("--document", type=PLACE, default=Path("RELIABILITY.md"), show_default=True)
+@click.option("--command", default="make test-faults", show_default=True, help="What made FILE.")
+def reliability(raw: Path, out: Path, document: Path, command: str) -> None:
+    """What the fault tests wrote to FILE (pytest --report FILE), as reliability.json and a table in a document.
+
+    Exit code 1: a fault was not survived, or a test of the plan did not run.
+    """
+    from . import reliability as reliability_module
+
+    with _one_line():
+        content = reliability_module.write(raw, out, document, command)
+    totals = content["totals"]
+    click.echo(
+        f"{totals['injected']} faults injected, {totals['survived']} survived, {totals['bits_equal']} of "
+        f"{totals['compared']} comparisons equal to the bit: {out / 'reliability.json'}, {document}"
+    )
+    if odd := reliability_module.verdict(content):
+        raise click.ClickException(odd)
+
+
+@main.command()
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of all files.")
 @click.option("--minutes", type=click.FloatRange(min=0.25), default=9.0, show_default=True, help="For everything.")
-@click.option("--data", "data_path", metavar="PATH", help="Images, as for fastrex train; default: some are made.")
+@click.option(
+    "--data", "data_path", type=SOURCE, metavar="PATH", help="Images, as for fastrex train; default: some are made."
+)
 @click.option("--batch", type=click.IntRange(min=2), help="Images in a step; default: 256 where they fit.")
 @click.option("--part", multiple=True, type=click.Choice(PARTS), help="Only this part (repeatable).")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", hidden=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 import click
 
 from . import config as config_module
-from .cli_options import DATA, SETTINGS, Progress, located, split
-from .errors import FastrexError, UsageError
+from .cli_options import DATA, PLACE, SETTINGS, Progress, located, split, writable, write_json
+from .errors import UsageError
 
 
 @click.group()
@@ -20,7 +20,7 @@ def data() -> None:
 
 
 @data.command("index")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=PLACE)
 @click.option("--empty-classes", type=click.Choice(["error", "skip"]), default="error", show_default=True)
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Reader threads (0 = four per core).")
 def data_index(path: Path, empty_classes: str, threads: int) -> None:
@@ -46,8 +46,8 @@ def data_index(path: Path, empty_classes: str, threads: int) -> None:
 
 
 @data.command("shard")
-@click.argument("path", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("path", type=PLACE)
+@click.argument("out", type=PLACE)
 @click.option("--size", type=click.IntRange(min=1), default=1000, show_default=True, help="Largest shard in MB.")
 @click.option("--split", type=click.Choice(["all", "train", "val"]), default="all", show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), help="Shuffle the images of a split (default: by class and path).")
@@ -80,20 +80,20 @@ def data_shard(
 
 
 @data.command("check")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=PLACE)
 @click.option("--empty-classes", type=click.Choice(["error", "skip"]), default="error", show_default=True)
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Reader and decoder threads (0 = all cores).")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the result to this file.")
+@click.option("--json", "json_path", type=PLACE, help="Also write the result to this file.")
 def data_check(path: Path, empty_classes: str, threads: int, json_path: Path | None) -> int:
     """Index PATH anew and decode every image as training does; training leaves the bad ones out from then on.
 
     Exit code 1 if there is a bad one.
     """
-    from . import checkpoint
     from .data import check as check_module
     from .data import index as index_module
     from .data.scan import REASONS
 
+    writable(json_path, "--json")
     with Progress("indexing") as tick:
         index = index_module.build(path, threads=threads, progress=tick, empty_classes=empty_classes)
     with check_module.quiet_decoder(), Progress("decoding") as tick:
@@ -111,16 +111,13 @@ def data_check(path: Path, empty_classes: str, threads: int, json_path: Path | N
     if result.bad:
         click.echo("training leaves the bad ones out; restore or remove them and run this again")
     if json_path is not None:
-        try:
-            checkpoint.write_json(json_path, summary)
-        except OSError as error:
-            raise FastrexError(f"cannot write {str(json_path)!r} ({error.strerror}); name another --json") from None
+        write_json(json_path, summary, "--json")
     result.refuse(empty_classes)
     return int(bool(result.bad))
 
 
 @data.command("demo")
-@click.argument("path", type=click.Path(path_type=Path), required=False)
+@click.argument("path", type=PLACE, required=False)
 def data_demo(path: Path | None) -> None:
     """Write scikit-learn's handwritten digits as a JPEG class-folder data set (default: the cache folder)."""
     from .data.demo import write_digits
@@ -135,7 +132,7 @@ def data_demo(path: Path | None) -> None:
 @click.option("--step", type=click.IntRange(min=0), help="Step within the epoch (default: 0).")
 @click.option("--rows", type=click.IntRange(min=1), help="Images shown of the batch (default: 8).")
 @click.option("--sample", "names", multiple=True, metavar="NAME_OR_ROW", help="Show this image instead; repeatable.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("batch.html"), show_default=True)
+@click.option("--out", type=PLACE, default=Path("batch.html"), show_default=True)
 def data_show(
     settings: tuple[str, ...],
     data_path: str | None,
@@ -151,6 +148,7 @@ def data_show(
     """
     from . import standalone
 
+    writable(out, "--out")
     if names and (step is not None or rows is not None):
         raise UsageError("data show: --sample chooses the images; leave out --step and --rows")
     recipe, words = split(settings)

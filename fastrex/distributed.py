@@ -1,5 +1,9 @@
 """Ranks: start-up from torchrun's environment, and the few collectives that the loop needs. A single process needs
-none."""
+none.
+
+The order of things: the ranks meet at the store that the launcher names, the watch connects them (from then on nobody
+waits for one that is gone), then the process group is made.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,21 @@ import datetime
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from .errors import FastrexError
+from .watch import Watch
 
-TIMEOUT = datetime.timedelta(minutes=10)
+# Ranks may start minutes after one another: hosts boot, images are pulled.
+MEETING_S = float(os.environ.get("FASTREX_MEETING_S", "600"))
+# A second line only: the watch ends a job that hangs, and sooner.
+TIMEOUT = datetime.timedelta(minutes=30)
 PATIENCE = datetime.timedelta(hours=12)
 
 
@@ -33,15 +42,11 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
+    watch: Watch = field(default_factory=Watch, compare=False, repr=False)
 
     @property
     def main(self) -> bool:
         return self.rank == 0
-
-    @property
-    def quick_agreement(self) -> bool:
-        """Whether asking all ranks for a Python value costs no device sync: one process, or gloo."""
-        return self.size == 1 or self.device.type == "cpu"
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -56,8 +61,21 @@ class World:
 
 def own_cores(local_size: int | None = None) -> int:
     """The cores of this process, shared with the other ranks that torchrun started on this machine."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if local_size is None else local_size
+    ranks = _count("LOCAL_WORLD_SIZE", 1) if local_size is None else local_size
     return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
+def _count(name: str, least: int, below: int | None = None) -> int:
+    """A number of the environment that launchers set; ``least`` where there is none."""
+    text = os.environ.get(name, str(least))
+    number = int(text) if text.isascii() and text.isdigit() else -1
+    if number < least or (below is not None and number >= below):
+        bound = f"at least {least}" if below is None else f"from {least} to {below - 1}"
+        raise FastrexError(
+            f"train: {name} in the environment must be a whole number, {bound}, got {text!r}; start the ranks with "
+            "torchrun, or unset it"
+        )
+    return number
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -79,26 +97,72 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 @contextmanager
 def world(device: str = "auto") -> Iterator[World]:
     """Join the group that torchrun describes in the environment; leave it on success only, so that a failing rank ends
-    the job instead of waiting for its peers."""
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    the job instead of waiting for its peers.
+
+    Raises:
+        FastrexError: the ranks do not find one another.
+        RankLost: another rank was the end of the job; whatever this one has met is an echo of that.
+    """
+    size, local_size = _count("WORLD_SIZE", 1), _count("LOCAL_WORLD_SIZE", 1)
+    rank, local_rank = _count("RANK", 0, size), _count("LOCAL_RANK", 0)
     chosen = pick_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         # Crops keep their sizes, so the search for the fastest convolutions pays; TF32 as in the method's recipe.
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
-    if size > 1:
-        if chosen.type == "cuda":
-            dist.init_process_group("nccl", timeout=TIMEOUT, device_id=chosen)
+    watch = Watch(rank, size)
+    joined = World(rank, size, local_rank, local_size, chosen, watch)
+    if size == 1:
+        yield joined
+        return
+    try:
+        with watch.explaining():
+            _join(joined)
+            yield joined
+            watch.collectives = lambda: -1
+            dist.destroy_process_group()
+        watch.bye()
+    finally:
+        watch.close()
+
+
+def _join(world: World) -> None:
+    """Meet the other ranks, start the watch, make the process group."""
+    master, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    where = f"{master}:{port}"
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=datetime.timedelta(seconds=MEETING_S)))
+        store.set_timeout(datetime.timedelta(seconds=MEETING_S))
+        world.watch.start(store, master, world.local_size < world.size, MEETING_S)
+        options: dict[str, Any] = {"store": store, "rank": world.rank, "world_size": world.size, "timeout": TIMEOUT}
+        if world.device.type == "cuda":
+            dist.init_process_group("nccl", device_id=world.device, **options)
         else:
-            dist.init_process_group("gloo", timeout=TIMEOUT)
+            dist.init_process_group("gloo", **options)
             # torchrun asks for one thread where nobody says otherwise; on a CPU the cores are the accelerator.
-            torch.set_num_threads(max(1, own_cores(local_size)))
-    yield World(rank, size, local_rank, local_size, chosen)
-    if size > 1:
-        dist.destroy_process_group()
+            torch.set_num_threads(max(1, own_cores(world.local_size)))
+    except ValueError as error:
+        raise FastrexError(
+            "train: several ranks need RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment "
+            f"({error}); start them with torchrun"
+        ) from None
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        world.watch.check()
+        fact = (str(error).strip().splitlines() or ["no message"])[0]
+        if "EADDRINUSE" in fact:
+            raise FastrexError(
+                f"train: rank {world.rank} must be able to listen at {where}, but that port is in use, perhaps by "
+                "another job; choose another --master-port, or --standalone for the ranks of one host"
+            ) from None
+        raise FastrexError(
+            f"train: rank {world.rank} must meet the {world.size - 1} other ranks at {where} (MASTER_ADDR:MASTER_PORT) "
+            f"within {MEETING_S:.0f} s, got: {fact}; check that address, the firewall and that all ranks were started"
+        ) from None
+    group = dist.group.WORLD
+    assert group is not None
+    # torch's own name for it, though not in its type hints: no public one exists.
+    world.watch.collectives = group._get_sequence_number_for_group  # type: ignore[attr-defined]
 
 
 def gather_rows(x: Tensor, world: World) -> Tensor:
@@ -156,6 +220,18 @@ def from_main(value: int, world: World) -> int:
     box = torch.tensor(value, device=world.device)
     dist.broadcast(box, src=0)
     return int(box)
+
+
+def text_from_main(text: str, world: World) -> str:
+    """Rank 0's text on every rank; a host sync."""
+    if world.size == 1:
+        return text
+    sent = list(text.encode())
+    box = torch.zeros(from_main(len(sent), world), dtype=torch.uint8, device=world.device)
+    if world.main:
+        box.copy_(torch.tensor(sent, dtype=torch.uint8))
+    dist.broadcast(box, src=0)
+    return bytes(box.tolist()).decode()
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from .config import Config
 from .data.index import Index
 from .data.loader import EvalLoader
 from .distributed import World, gather_ragged, sum_
+from .watch import Stopped
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -38,6 +39,9 @@ def evaluate(
     Returns:
         ``eval/top1`` (where ``predict`` gives scores), ``eval/knn`` and ``eval/images``; empty when nothing is held
         out.
+
+    Raises:
+        Stopped: the ranks were asked to stop, and all of them leave.
     """
     held_out = index.rows("val", config.data.held_out)
     if not len(held_out):
@@ -97,12 +101,16 @@ def _extract(
     predict: Callable[[Tensor], Tensor | None] | None,
     note: Callable[[str], None],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """This rank's share of ``rows``: features [R, D], labels [R], and the numbers of hits and of scored images, 0-d."""
+    """This rank's share of ``rows``: features [R, D], labels [R], and the numbers of hits and of scored images, 0-d.
+
+    Ranks stop before the collective that follows, or not at all: until then each may leave at a batch of its own.
+    """
+    watch, seen = world.watch, 0
     mine = rows[world.rank :: world.size]
     features, labels = [], []
     hits = torch.zeros((), dtype=torch.int64, device=world.device)
     scored = torch.zeros_like(hits)
-    loader = EvalLoader(
+    with EvalLoader(
         index,
         mine,
         config.data,
@@ -110,20 +118,29 @@ def _extract(
         device=world.device,
         dtype=torch.float32,
         threads=config.data.threads or world.threads,
-    )
-    try:
-        for images, target, _ in loader:
-            with autocast():
-                out = encoder(images)
-                scores = predict(out) if predict is not None else None
-            if scores is not None:
-                hits += (scores.argmax(1) == target).sum()
-                scored += len(target)
-            features.append(out.float())
-            labels.append(target)
-    finally:
-        for line in loader.news:
-            note(line)
+    ) as loader:
+        try:
+            for images, target, _ in loader:
+                if watch.leaving:
+                    raise Stopped
+                watch.again()
+                seen += 1
+                with autocast():
+                    out = encoder(images)
+                    scores = predict(out) if predict is not None else None
+                if scores is not None:
+                    hits += (scores.argmax(1) == target).sum()
+                    scored += len(target)
+                features.append(out.float())
+                labels.append(target)
+        finally:
+            for line in loader.news:
+                note(line)
+    # Shares differ by an image, so by a batch: progress is counted equally on all ranks.
+    for _ in range(seen, -(-len(rows) // (world.size * config.eval.batch_size))):
+        watch.again()
+    if watch.boundary():
+        raise Stopped
     if not features:
         size = int(encoder.num_features)  # type: ignore[arg-type]
         return torch.zeros(0, size, device=world.device), scored.new_zeros(0), hits, scored

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, layouts
+from . import checkpoint, files, layouts, tensorfile, untrusted
 from . import config as config_module
 from .card import model_card
 from .config import DataConfig, ModelConfig
@@ -149,7 +148,7 @@ def export(
         if there:
             out.rename(old)
         temp.rename(out)
-        checkpoint.sync(out.parent)
+        files.sync(out.parent)
     except OSError as error:
         raise FastrexError(
             f"export: {out} cannot be written ({error.strerror or error}); free space or choose another"
@@ -181,7 +180,7 @@ def _from_run(run: Path) -> Source:
 def _from_checkpoint(path: Path) -> Source:
     manifest = checkpoint.read_state(path)
     file = checkpoint.verified(path, manifest, WEIGHTS)
-    tensors = {key: value for key, value in _tensors(file).items() if key.startswith("encoder.")}
+    tensors = {key: value for key, value in tensorfile.load(file).items() if key.startswith("encoder.")}
     state = {key.removeprefix("encoder."): value for key, value in tensors.items()}
     run = path.resolve().parent.parent
     provenance = {
@@ -206,8 +205,8 @@ def _from_weights(path: Path) -> Source:
     """A safetensors file, with the ``config.json`` beside it where it is the weights of an export."""
     facts = _facts(path.parent / FACTS) if path.name == WEIGHTS and (path.parent / FACTS).is_file() else {}
     own = _section(facts, "fastrex")
-    tensors = _tensors(path)
-    digest = checkpoint.digest(path)
+    tensors = tensorfile.load(path)
+    digest = files.digest(path)
     if own.get("sha256", digest) != digest:
         raise FastrexError(f"load_source: {path} must match its checksum in {FACTS}, it is damaged or was replaced")
     # An export of an export names the first origin.
@@ -262,9 +261,16 @@ def _channels(state: Mapping[str, Tensor], arch: Mapping[str, Any], known: int =
 
 
 def _build(source: Source, name: str) -> nn.Module:
-    model = build_encoder(ModelConfig(**source.arch), source.channels)
+    config = ModelConfig(**source.arch)
     try:
+        if not config.arch.startswith("timm:"):
+            # Without memory first: a first layer alone can claim a width whose other layers no machine could hold.
+            with torch.device("meta"):
+                build_encoder(config, source.channels).load_state_dict(source.state, assign=True)
+        model = build_encoder(config, source.channels)
         model.load_state_dict(source.state)
+    except FastrexError:
+        raise
     except RuntimeError as error:
         problem = " ".join(str(error).split())[:200]
         raise FastrexError(f"load_encoder: {name} must fit {source.arch['arch']}, it does not: {problem}") from None
@@ -329,7 +335,7 @@ def _write(folder: Path, model: nn.Module, source: Source, facts: dict[str, obje
             timm=_counterpart(source, "timm"),
         ).encode(),
     )
-    checkpoint.sync(folder)
+    files.sync(folder)
 
 
 def _crop_pct(size: int, resize: int) -> float:
@@ -359,19 +365,10 @@ def _verify(folder: Path, model: nn.Module, source: Source) -> None:
         )
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise FastrexError(f"load_source: {path} must be a safetensors file, it cannot be read ({error})") from None
-
-
 def _facts(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > _MAX_JSON:
-            raise ValueError(f"more than {_MAX_JSON} bytes")
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        facts = untrusted.read_json(path, _MAX_JSON)
+    except (OSError, ValueError) as error:
         raise FastrexError(
             f"load_source: {path} must be a model's JSON description, it cannot be read ({error})"
         ) from None

@@ -4,6 +4,7 @@ renamed. Standard library only."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -21,9 +22,12 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
     After an error ``path`` is as it was and nothing else is left. Two writers never share the name.
 
     Raises:
-        OSError: the folder is missing, full or read-only.
+        OSError: the folder is missing, full or read-only, or ``path`` is no regular file.
     """
-    temp = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{suffix}")
+    if path.exists() and not path.is_file():
+        # A rename would put a file where a device or a pipe was: as root, /dev/null is gone for everybody.
+        raise OSError(errno.EISDIR if path.is_dir() else errno.EINVAL, "is no regular file", str(path))
+    temp = path.with_name(f".{path.name[:40]}.{os.getpid()}-{secrets.token_hex(4)}{suffix}")
     try:
         yield temp
         temp.chmod(0o666 & ~umask())
@@ -35,15 +39,37 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
             temp.unlink(missing_ok=True)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a small file."""
+    with replacing(path) as temp:
+        temp.write_bytes(content)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a small text file (UTF-8)."""
-    with replacing(path) as temp:
-        temp.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replace a small JSON file."""
     write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_output(path: Path, content: str | bytes) -> None:
+    """Write where a user asked for it: a file is replaced whole, also behind a link; a device or pipe (/dev/stdout) is
+    written to.
+
+    Raises:
+        OSError: as :func:`replacing`, or nobody reads the pipe.
+    """
+    content = content.encode("utf-8") if isinstance(content, str) else content
+    if path.is_file() or path.is_dir() or not path.exists():
+        write_bytes(Path(os.path.realpath(path)), content)
+        return
+    # Opening a pipe that nobody reads would wait for ever.
+    with open(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC), "wb") as file:
+        os.set_blocking(file.fileno(), True)
+        file.write(content)
 
 
 def sync(path: Path) -> None:

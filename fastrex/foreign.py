@@ -8,11 +8,10 @@ Nothing in the file is executed. The zip archive and its storages are read here;
 from __future__ import annotations
 
 import io
+import os
 import pickle
-import pickletools
 import re
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import opcodes, untrusted
 from .errors import FastrexError
+from .stored import StoredZip
 
 MAX_ARCHIVE = 32 * 2**30
-MAX_ENTRIES = 100_000
 MAX_PICKLE = 16 * 2**20
 MAX_COPIED = 1_000_000
 MAX_PLACEHOLDERS = 1000
-MAX_DEPTH = 64
+MAX_DIMENSIONS = 64
+MAX_SHARED = 8  # times the size of the file that all tensors may have together, where they share storages
 
 CONVERT = "load it where you trust it and save its state_dict with a current torch.save or with safetensors"
 _DTYPES = {
@@ -42,8 +43,6 @@ _DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-# Opcodes that reach objects past find_class, or that no torch file has.
-_REFUSED = {"EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER", "BYTEARRAY8", "PERSID"}
 
 
 class _Plain(dict[Any, Any]):
@@ -79,8 +78,17 @@ class _Inert:
         return f"<{self.kind}>"
 
 
-class _Function:
-    """A function for the pickle to call, without attributes that the pickle could set."""
+class _Sealed:
+    """Base of what the pickle may hold, but not change."""
+
+    __slots__ = ()
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise pickle.UnpicklingError("a function's attribute is set")
+
+
+class _Function(_Sealed):
+    """A function for the pickle to call."""
 
     __slots__ = ("_run",)
     _run: Callable[..., Any]
@@ -88,50 +96,48 @@ class _Function:
     def __init__(self, run: Callable[..., Any]) -> None:
         object.__setattr__(self, "_run", run)
 
-    def __setattr__(self, name: str, value: object) -> None:
-        raise pickle.UnpicklingError("a function's attribute is set")
-
     def __call__(self, *args: Any) -> Any:
         return self._run(*args)
+
+
+class _Held(_Sealed):
+    """A tensor while the pickle runs: its own methods would be called by BUILD (``set_``: memory at will) and ADDITEMS
+    (``add``: a broadcast sum)."""
+
+    __slots__ = ("tensor",)
+    tensor: Tensor
+
+    def __init__(self, tensor: Tensor) -> None:
+        object.__setattr__(self, "tensor", tensor)
 
 
 class _Archive:
     """The zip archive of one file: entries by exact name, sizes checked before anything is allocated."""
 
-    def __init__(self, file: zipfile.ZipFile, size: int) -> None:
-        entries = file.infolist()
-        if len(entries) > MAX_ENTRIES:
-            raise FastrexError(f"it has {len(entries)} entries, more than {MAX_ENTRIES}")
-        self.entries = {entry.filename: entry for entry in entries}
-        if len(self.entries) != len(entries):
-            raise FastrexError("two of its entries have the same name")
-        if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
-            raise FastrexError("it has compressed or encrypted entries, which torch.save does not write")
-        if sum(entry.file_size for entry in entries) > size:
-            raise FastrexError("its entries claim more bytes than the file has")
-        roots = [name.removesuffix("/data.pkl") for name in self.entries if name.endswith("/data.pkl")]
+    def __init__(self, archive: StoredZip) -> None:
+        roots = [name.removesuffix("/data.pkl") for name in archive.entries if name.endswith("/data.pkl")]
         if len(roots) != 1:
             raise FastrexError(f"it is a zip file, but none that torch.save wrote; {CONVERT}")
         self.root = roots[0]
-        if f"{self.root}/constants.pkl" in self.entries:
+        if f"{self.root}/constants.pkl" in archive.entries:
             raise FastrexError(f"it is a TorchScript program, not a checkpoint; {CONVERT}")
-        self.file = file
+        self.archive = archive
         self.swap = self.read("byteorder", 16, sys.byteorder.encode()) != sys.byteorder.encode()
 
     def read(self, name: str, limit: int, default: bytes | None = None) -> bytes:
-        entry = self.entries.get(f"{self.root}/{name}")
+        entry = self.archive.entries.get(f"{self.root}/{name}")
         if entry is None:
             if default is None:
                 raise FastrexError(f"its entry {name} is missing")
             return default
         if entry.file_size > limit:
             raise FastrexError(f"its entry {name} has {entry.file_size} bytes, more than {limit}")
-        return self.file.read(entry)
+        return self.archive.read(entry.filename)
 
     def storage(self, key: str, dtype: torch.dtype, count: int) -> Tensor:
         if not re.fullmatch(r"\d{1,9}", key) or count < 0:
             raise FastrexError(f"it names a storage {key[:20]!r} of {count} elements")
-        entry = self.entries.get(f"{self.root}/data/{key}")
+        entry = self.archive.entries.get(f"{self.root}/data/{key}")
         held = -1 if entry is None else entry.file_size
         if held != count * dtype.itemsize:
             raise FastrexError(
@@ -148,10 +154,11 @@ class _Archive:
 class _Reader(pickle.Unpickler):
     """Turns the pickle of one archive into tensors, plain containers and placeholders."""
 
-    def __init__(self, data: bytes, archive: _Archive) -> None:
+    def __init__(self, data: bytes, archive: _Archive, size: int) -> None:
         super().__init__(io.BytesIO(data), encoding="latin1")
         self.archive = archive
-        self.storages: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.left_to_show = MAX_SHARED * size
+        self.storages: dict[str, _Held] = {}
         self.known: dict[tuple[str, str], Any] = {
             ("collections", "OrderedDict"): _Function(lambda *args: self._copied(_Plain, *args)),
             ("torch._utils", "_rebuild_tensor"): _Function(self._tensor),
@@ -185,23 +192,32 @@ class _Reader(pickle.Unpickler):
             return _Inert()
         if not isinstance(key, str) or type(count) is not int:
             raise FastrexError("it names a storage by something else than a key and a length")
-        if (key, dtype) not in self.storages:
-            self.storages[key, dtype] = self.archive.storage(key, dtype, count)
-        return self.storages[key, dtype]
+        if key not in self.storages:
+            self.storages[key] = _Held(self.archive.storage(key, dtype, count))
+        # Read once, whatever it is called for: torch.save gives a storage one type.
+        if self.storages[key].tensor.dtype != dtype:
+            raise FastrexError(f"its storage {key} has two types")
+        return self.storages[key]
 
     def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Any:
-        if not isinstance(storage, Tensor):
+        if not isinstance(storage, _Held):
             return _Inert()
-        numbers = [offset, *size, *stride]
-        if len(size) != len(stride) or any(type(n) is not int or not 0 <= n < 2**48 for n in numbers):
+        held = storage.tensor
+        if len(size) != len(stride) or len(size) > MAX_DIMENSIONS:
+            raise FastrexError("a tensor has an impossible shape")
+        if any(type(n) is not int or not 0 <= n < 2**48 for n in (offset, *size, *stride)):
             raise FastrexError("a tensor has an impossible shape")
         count, last = 1, offset
         for length, step in zip(size, stride, strict=True):
             count *= length
             last += (length - 1) * step
-        if count > storage.numel() or (count and last >= storage.numel()):
-            raise FastrexError(f"a tensor of shape {list(size)} reaches past its storage of {storage.numel()} elements")
-        return storage.as_strided(size, stride, offset) if count else storage.new_empty(size)
+        if count > held.numel() or (count and last >= held.numel()):
+            raise FastrexError(f"a tensor of shape {list(size)} reaches past its storage of {held.numel()} elements")
+        # Whoever copies them all must not need more memory than a few such files.
+        self.left_to_show -= count * held.dtype.itemsize
+        if self.left_to_show < 0:
+            raise FastrexError(f"its tensors share storages so often that they have {MAX_SHARED} times its size")
+        return _Held(held.as_strided(size, stride, offset) if count else held.new_empty(size))
 
     def _copied(self, kind: Callable[..., Any], *args: Any) -> Any:
         """A container from another: within a budget, since a short pickle can ask for many copies of a long one."""
@@ -212,64 +228,49 @@ class _Reader(pickle.Unpickler):
         return kind(*args)
 
 
-def _scan(data: bytes) -> None:
-    """Refuse a pickle whose opcodes could hurt before ``find_class`` is asked: odd ones, a huge memo, deep nesting.
+def _opened(content: Any) -> Any:
+    """``content`` with the tensors themselves; what stands in it several times is looked at once."""
+    done: dict[int, tuple[Any, Any]] = {}  # by identity, which lasts as long as the original does
+    pending: list[Any] = []
 
-    Nesting is followed through the stack, because hashing a deeply nested tuple would overflow C's.
-    """
-    stack: list[int] = []
-    marks: list[int] = []
-    memo: dict[int, int] = {}
-    for op, arg, _ in pickletools.genops(data):
-        if op.name in _REFUSED:
-            raise FastrexError(f"its pickle uses {op.name}, which no torch file needs")
-        if op.name == "MARK":
-            marks.append(len(stack))
-        elif op.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            place = len(memo) if arg is None else int(arg)
-            if place > len(data):
-                raise FastrexError(f"its pickle asks for a memo of {place} places")
-            memo[place] = stack[-1]
-        elif op.name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo[int(arg or 0)])
-        elif op.name == "DUP":
-            stack.append(stack[-1])
-        elif op.name == "POP" and marks and marks[-1] == len(stack):
-            marks.pop()
-        else:
-            names = [item.name for item in op.stack_before]
-            below = names.index("mark") if "mark" in names else len(names)
-            start = (marks.pop() if below < len(names) else len(stack)) - below
-            if start < 0:
-                raise FastrexError("its pickle takes more from the stack than is there")
-            taken = stack[start:]
-            del stack[start:]
-            filled = op.name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
-            depth = max(taken[0], *(d + 1 for d in taken[1:]), 0) if filled else 1 + max(taken, default=0)
-            if depth > MAX_DEPTH:
-                raise FastrexError(f"its containers are nested more than {MAX_DEPTH} deep")
-            stack.extend([depth] * len(op.stack_after))
+    def opened(value: Any) -> Any:
+        if isinstance(value, _Held):
+            return value.tensor
+        if isinstance(value, dict | list | tuple) and id(value) not in done:
+            if isinstance(value, tuple):  # no deeper than the scan allows: what is built of others is not changed later
+                done[id(value)] = value, tuple(opened(inner) for inner in value)
+            else:
+                done[id(value)] = value, value
+                pending.append(value)
+        return done[id(value)][1] if id(value) in done else value
+
+    content = opened(content)
+    while pending:
+        container = pending.pop()
+        for key, value in list(container.items() if isinstance(container, dict) else enumerate(container)):
+            container[key] = opened(value)
+    return content
 
 
 def load(path: Path) -> tuple[dict[Any, Any], list[str]]:
     """The dictionary in the file and the names of the globals that became placeholders."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(64)
-    except OSError as error:
-        raise FastrexError(f"foreign: {path} cannot be read ({error.strerror or error})") from error
-    try:
-        if size > MAX_ARCHIVE:
-            raise FastrexError(f"it has {size} bytes, more than {MAX_ARCHIVE}")
-        if not head.startswith(b"PK\x03\x04"):
-            raise FastrexError(_not_a_zip(head))
-        with zipfile.ZipFile(path) as file:
-            archive = _Archive(file, size)
+        with untrusted.opened(path) as file:
+            size, head = os.fstat(file.fileno()).st_size, file.read(64)
+            if size > MAX_ARCHIVE:
+                raise FastrexError(f"it has {size} bytes, more than {MAX_ARCHIVE}")
+            if not head.startswith(b"PK\x03\x04"):
+                raise FastrexError(_not_a_zip(head))
+            try:
+                archive = _Archive(StoredZip(file, size))
+            except ValueError as error:
+                raise FastrexError(f"{error}; get it again") from None
             data = archive.read("data.pkl", MAX_PICKLE)
-            _scan(data)
-            reader = _Reader(data, archive)
-            content = reader.load()
+            opcodes.check(data)
+            reader = _Reader(data, archive, size)
+            content = _opened(reader.load())
+    except OSError as error:
+        raise FastrexError(f"foreign: {path} cannot be read ({error.strerror or error}); give a file") from error
     except FastrexError as error:
         raise FastrexError(f"foreign: {path} cannot be read: {error}") from None
     except Exception as error:

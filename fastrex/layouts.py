@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import foreign
+from . import files, foreign
 from .errors import FastrexError
 
 MAX_DICTS = 4
+MAX_KEY = 256  # characters of a key in the name of a place
 _ENCODER = re.compile(
     r"(conv1|bn1|layer[1-4]\.\d+\.(conv[1-3]|bn[1-3]|downsample\.[01]))"
     r"\.(weight|bias|running_mean|running_var|num_batches_tracked)"
@@ -36,7 +36,8 @@ def encoder_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = Path(path)
     content, placeholders = foreign.load(path)
     found: list[tuple[str, str, dict[str, Tensor]]] = []
-    for place, mapping in _dicts(content, "", 0):
+    dicts = list(_dicts(content))
+    for place, mapping in dicts:
         tensors = {key: value for key, value in mapping.items() if isinstance(key, str) and isinstance(value, Tensor)}
         found += [(place, prefix, tensors) for prefix in encoder_prefixes(tensors)]
     if not found:
@@ -51,12 +52,10 @@ def encoder_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except FastrexError as error:
         raise FastrexError(f"foreign: {path}: {error}") from None
     own = [part for part in wheres[best].split(".") if part]
-    left_out = {_branch(other, str(key), own) for other, mapping in _dicts(content, "", 0) for key in mapping}
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    left_out = {_branch(other, str(key)[:MAX_KEY], own) for other, mapping in dicts for key in mapping}
     provenance = {
         "file": path.name,
-        "sha256": digest,
+        "sha256": files.digest(path),
         "format": "torch.save",
         "dictionary": place or "(top)",
         "prefix": prefix or "(none)",
@@ -94,13 +93,20 @@ def select_encoder(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tens
     return state
 
 
-def _dicts(content: Mapping[Any, Any], place: str, depth: int) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """The dictionary and those inside it, with their places."""
-    yield place, content
-    if depth < MAX_DICTS:
-        for key, value in content.items():
-            if isinstance(value, dict) and isinstance(key, str):
-                yield from _dicts(value, f"{place}.{key}".removeprefix("."), depth + 1)
+def _dicts(content: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """The dictionary and those inside it, each once, with their places."""
+    # Once: a few bytes of pickle make a dictionary that holds itself under a thousand names.
+    seen = {id(content)}
+    level: list[tuple[str, Mapping[Any, Any]]] = [("", content)]
+    for _ in range(MAX_DICTS + 1):
+        below: list[tuple[str, Mapping[Any, Any]]] = []
+        for place, mapping in level:
+            yield place, mapping
+            for key, value in mapping.items():
+                if isinstance(value, dict) and isinstance(key, str) and id(value) not in seen:
+                    seen.add(id(value))
+                    below.append((f"{place}.{key[:MAX_KEY]}".removeprefix("."), value))
+        level = below
 
 
 def _branch(place: str, key: str, own: list[str]) -> str:

@@ -7,6 +7,8 @@ import os
 
 import torch
 
+from . import cgroup
+
 # glibc's mallopt parameters (malloc.h).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 TOP_PAD = 256 * 2**20
@@ -29,7 +31,8 @@ def pool() -> bool:
 
 
 def available(device: torch.device) -> int:
-    """Bytes on ``device`` that this process has or may have; on a CPU all that the machine has."""
+    """Bytes on ``device`` that this process has or may have; on a CPU all that the machine or its container has."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(machine, cgroup.memory() or machine)

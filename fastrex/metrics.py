@@ -10,15 +10,17 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from . import streams, untrusted
 from .config import Config
 from .distributed import World, sum_
-from .errors import FastrexError
+from .errors import FastrexError, explain
 
+MAX_LINE = 1 << 16
 # Every other device value is logged as train/<name>.
 LOGGED = {"empty_classes": "bank/empty_classes", "age": "bank/age"}
 
@@ -82,6 +84,7 @@ class Log:
         self.main, self.rank, self.run = world.main, world.rank, run
         self.board: Any = None
         self.wandb: Any = None
+        self._full = False
         if not self.main:
             return
         path = run / "metrics.jsonl"
@@ -90,7 +93,8 @@ class Log:
         self.text = (run / "train.log").open("a", encoding="utf-8")
         self.records = path.open("a", encoding="utf-8")
         if config.run.tensorboard:
-            self.board = _tensorboard()(str(run), purge_step=resume_step)
+            # What TensorBoard is to forget begins with this step itself.
+            self.board = _tensorboard()(str(run), purge_step=None if resume_step is None else resume_step + 1)
         if config.run.wandb:
             # The directory's name is the run's identity, so that a resumed run continues its own record.
             self.wandb = _wandb().init(
@@ -100,9 +104,8 @@ class Log:
     def line(self, text: str) -> None:
         """One line on the terminal and in train.log."""
         if self.main:
-            print(text, flush=True)
-            self.text.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n")
-            self.text.flush()
+            streams.say(text)
+            self._append(self.text, f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n")
 
     def anyone(self, text: str) -> None:
         """As :meth:`line`, but from whichever rank has something to say; not for what all of them know."""
@@ -110,7 +113,8 @@ class Log:
             self.line(text)
             return
         text = f"[rank {self.rank}] {text}"
-        print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
         # Opened for this line only: rank 0 appends to the same file. Elsewhere the folder may not exist.
         with contextlib.suppress(OSError), (self.run / "train.log").open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n")
@@ -134,25 +138,36 @@ class Log:
             return
         # JSON has no NaN: a number gone bad is null.
         plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self.records.write(json.dumps({"step": step, "time": round(time.time(), 3), **plain}) + "\n")
-        self.records.flush()
+        self._append(self.records, json.dumps({"step": step, "time": round(time.time(), 3), **plain}) + "\n")
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log(dict(values), step=step)
 
+    def _append(self, file: IO[str], text: str) -> None:
+        """A full disk costs lines of the log, not the run; they follow once there is room."""
+        try:
+            file.write(text)
+            file.flush()
+        except OSError as error:
+            if not self._full:
+                self._full = True
+                with contextlib.suppress(OSError):
+                    print(f"fastrex: {explain(error)}; {file.name} lacks lines", file=sys.stderr, flush=True)
+
     def evaluated(self, step: int) -> bool:
         """Whether an evaluation of this step is on record (rank 0 knows)."""
         if not self.main:
             return False
-        lines = (self.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return any(record["step"] == step and "eval/knn" in record for record in map(json.loads, lines))
+        records = _records(self.run / "metrics.jsonl")
+        return any(record["step"] == step and "eval/knn" in record for _, record in records)
 
     def close(self) -> None:
         if self.main:
-            self.text.close()
-            self.records.close()
+            for file in (self.text, self.records):
+                with contextlib.suppress(OSError):
+                    file.close()
             if self.board is not None:
                 self.board.close()
             if self.wandb is not None:
@@ -172,17 +187,20 @@ def progress(step: int, total: int, epoch: int, values: Mapping[str, float], eta
 
 def _drop_after(path: Path, step: int) -> None:
     """Forget records past the checkpoint that training continues from: those steps are about to be made again."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # a line cut by the kill that this resume follows
-        if record["step"] <= step:
-            kept.append(line)
+    kept = [line for line, record in _records(path) if record["step"] <= step]
     temp = path.with_name(".metrics.jsonl")
     temp.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     temp.replace(path)
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of metrics.jsonl with what they say; what is none, as the line that a kill has cut, is left out."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        while line := file.readline(MAX_LINE):
+            with contextlib.suppress(ValueError):
+                record = untrusted.parse_json(line)
+                if isinstance(record, dict) and type(record.get("step")) is int:
+                    yield line.rstrip("\n"), record
 
 
 def check_writers(config: Config) -> None:

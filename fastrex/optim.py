@@ -5,17 +5,22 @@ Everything that a step decides stays on the device; the loop reads it on logging
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from . import distributed
 from .config import OptimConfig
+from .distributed import World
 from .errors import FastrexError
 from .sgd import IMPLS
 
 GROWTH_INTERVAL = 2000  # steps without overflow before the scale doubles, as torch.amp.GradScaler
 MAX_SKIPPED = 20  # overflows in a row before the run stops
+# Overflows that come and go, never so many in a row, would drive the scale to 0, and gradients of exactly 0 would let
+# it grow to infinity: from either it never comes back.
+SCALES = (1.0, 2.0**32)
 
 
 class Optimizer:
@@ -30,6 +35,7 @@ class Optimizer:
             copy. "flat": from the second step on views into one buffer, whose addresses stay (for a CUDA graph) and
             which one kernel clears and one measures. Parameters without a gradient after the first backward stay out,
             and so stay as they are. "kept": whatever stands there is cleared (the buckets of DistributedDataParallel).
+        split: names of parameters of which each rank of ``world`` holds other rows.
     """
 
     def __init__(
@@ -42,6 +48,8 @@ class Optimizer:
         copies: Mapping[str, Tensor] | None = None,
         ema_copies: Mapping[str, Tensor] | None = None,
         gradients: str = "fresh",
+        split: Collection[str] = (),
+        world: World | None = None,
     ) -> None:
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self.ema, self.copies, self.ema_copies = ema, copies or {}, ema_copies or {}
@@ -49,7 +57,7 @@ class Optimizer:
         self.buffers = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters.items()}
         self.host_lr = 0.0
         self.lr = torch.zeros((), device=next(iter(self.parameters.values())).device)
-        self.gradients = gradients
+        self.gradients, self.split, self.world = gradients, frozenset(split), world
         self.flat: Tensor | None = None
         self.update = IMPLS[config.impl](self, config.momentum, ema_momentum)
 
@@ -64,13 +72,19 @@ class Optimizer:
                 p.grad = None
 
     def grad_norm(self, inv_scale: Tensor | None = None) -> Tensor:
-        """Euclidean norm of all (unscaled) gradients, 0-d; not finite when any gradient is not."""
+        """Euclidean norm of all (unscaled) gradients, 0-d, the same on every rank; not finite when any gradient is
+        not, on whatever rank."""
         if self.gradients == "flat" and self.flat is None:
             self.flat = _flattened([p for p in self.parameters.values() if p.grad is not None])
         if self.flat is not None:
             norm: Tensor = torch.linalg.vector_norm(self.flat)
         else:
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self._grads())))
+            norms = torch.stack(torch._foreach_norm(self._grads(self.parameters.keys() - self.split)))
+            if self.split and self.world is not None:
+                # Summed in the order of the ranks, not in that of a reduction: equal bits everywhere.
+                own = torch.stack(torch._foreach_norm(self._grads(self.split)))
+                norms = torch.cat([norms, distributed.gather_rows(own, self.world)])
+            norm = torch.linalg.vector_norm(norms)
         return norm if inv_scale is None else norm * inv_scale
 
     def set_lr(self, lr: float) -> None:
@@ -88,8 +102,9 @@ class Optimizer:
     def load(self, state: Mapping[str, Tensor]) -> None:
         load_tensors(self.state(), state, "optimizer")
 
-    def _grads(self) -> list[Tensor]:
-        return [p.grad for p in self.parameters.values() if p.grad is not None]
+    def _grads(self, names: Collection[str] | None = None) -> list[Tensor]:
+        chosen = ((name, p.grad) for name, p in self.parameters.items() if names is None or name in names)
+        return [grad for _, grad in chosen if grad is not None]
 
 
 def _flattened(parameters: Sequence[nn.Parameter]) -> Tensor:
@@ -154,11 +169,11 @@ class Guard(nn.Module):
         keep = self.diverged < 0
         skip = overflow | ~keep
         if self.fp16:
-            self.growth.copy_(torch.where(overflow, 0, self.growth + 1))
-            grow = self.growth >= GROWTH_INTERVAL
+            growth = torch.where(overflow, 0, self.growth + 1)
+            grow = growth >= GROWTH_INTERVAL
             factor = torch.where(overflow, 0.5, torch.where(grow, 2.0, 1.0))
-            self.scale.copy_(torch.where(keep, self.scale * factor, self.scale))
-            self.growth.copy_(torch.where(grow, 0, self.growth))
+            self.scale.copy_(torch.where(keep, (self.scale * factor).clamp(*SCALES), self.scale))
+            self.growth.copy_(torch.where(keep, torch.where(grow, 0, growth), self.growth))
         return skip, keep
 
 

@@ -9,17 +9,20 @@ import os
 import platform
 import socket
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from . import checkpoint, distributed
+from . import checkpoint, distributed, files, untrusted
 from . import config as config_module
 from .config import Config
 from .distributed import World
-from .errors import FastrexError
+from .errors import DivergedError, FastrexError, explain, one_line
+from .verdict import RankLost, Verdict, first_line
 
 CONFIG, STATUS, ENV, LOCK, INDEX = "config.toml", "status.json", "env.json", ".lock", "index.npz"
 EXIT_CODES = {"completed": 0, "failed": 1, "diverged": 3, "preempted": 75}
@@ -67,66 +70,121 @@ def prepare(out: Path, config: Config | None, resume: str) -> tuple[Config, bool
     return config, False
 
 
+def decide(out: Path, config: Config | None, resume: str, world: World) -> tuple[Config, bool]:
+    """:func:`prepare` of rank 0, for all ranks: the others need not see the directory."""
+    if world.size == 1:
+        return prepare(out, config, resume)
+    words = ""
+    if world.main:
+        config, resuming = prepare(out, config, resume)
+        words = f"{'resume' if resuming else 'start'}\n{config_module.to_toml(config)}"
+    how, _, text = distributed.text_from_main(words, world).partition("\n")
+    return config_module.from_toml(text), how == "resume"
+
+
 class RunDir:
     """The directory while a job writes in it. Only rank 0 writes; a second job is refused."""
 
     def __init__(self, path: Path, world: World) -> None:
         self.path, self.world = path, world
         self._lock: IO[str] | None = None
-        self._opened = False
+        self._over = False
+        # The main thread and the watch's.
+        self._writing = threading.Lock()
 
     def open(self, config: Config, *, facts: Mapping[str, Any]) -> list[str]:
-        """Take the lock and write what the run is; the other ranks wait, before (they still look at the directory) and
-        after. Returns lines for the log: settings that a resumed run has changed."""
-        distributed.barrier(self.world)
+        """Take the lock and write what the run is, while the other ranks wait. Returns lines for the log: settings that
+        a resumed run has changed."""
         lines = self._open(config, facts) if self.world.main else []
         distributed.barrier(self.world)
-        self._opened = True
+        self.world.watch.on_verdict = self.ended
+        self.world.watch.way_out = "continue with --resume must"
         return lines
 
     def _open(self, config: Config, facts: Mapping[str, Any]) -> list[str]:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / LOCK).open("a", encoding="utf-8")
+            lines = self._take()
         except OSError as error:
             raise FastrexError(
                 f"train: --out {self.path} cannot be written ({error.strerror}); choose another --out"
             ) from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.close()
-            raise FastrexError(
-                f"train: --out {self.path} is being written by another process; stop it or choose another --out"
-            ) from None
         # Also of a resumed run: some settings may have been changed.
         stored = self.path / CONFIG
         changes = config_module.diff(config_module.read(stored), config) if stored.is_file() else []
-        temp = self.path / f".{CONFIG}"
-        temp.write_text(config_module.to_toml(config), encoding="utf-8")
-        temp.replace(self.path / CONFIG)
-        checkpoint.write_json(self.path / ENV, {**environment(), **facts})
+        files.write_text(stored, config_module.to_toml(config))
+        files.write_json(self.path / ENV, {**environment(), **facts})
         self.status("running")
-        return [f"this run has changed {change}" for change in changes]
+        return [*lines, *(f"this run has changed {change}" for change in changes)]
+
+    def _take(self) -> list[str]:
+        """The lock, which the kernel takes back when this process ends, whatever its end: its file means nothing."""
+        path = self.path / LOCK
+        while True:
+            self._lock = lock = path.open("a+", encoding="utf-8")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                owner = _owner(lock.read(1000))
+                self.close()
+                raise FastrexError(
+                    f"train: --out {self.path} is being written by another process{owner}; stop it or choose another "
+                    "--out"
+                ) from None
+            except OSError as error:
+                return [f"{self.path} cannot be locked ({error.strerror}): see to it that no other job writes there"]
+            # Whoever removes the file while it is locked makes room for a second one, which would not know of this.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                    break
+            self.close()
+        lock.truncate(0)
+        lock.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n")
+        lock.flush()
+        return []
 
     def status(self, state: str, **facts: Any) -> None:
-        """Replace status.json: ``state`` and what a program needs to know about it. Only the owner of the lock does."""
-        if self._lock is None:
-            return
+        """Replace status.json: ``state`` and what a program needs to know about it. Only the owner of the lock does,
+        and no more once the run has ended."""
+        with self._writing:
+            if self._lock is None or self._over:
+                return
+            self._over = state != "running"
+            try:
+                self._write(state, **facts)
+            except OSError as error:
+                if state == "running" and not facts:
+                    raise
+                # A full disk does not stop a run, nor replace the error that it caused.
+                with contextlib.suppress(OSError):
+                    print(f"fastrex: {explain(error)}", file=sys.stderr, flush=True)
+
+    def _write(self, state: str, **facts: Any) -> None:
         content = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "pid": os.getpid()}
-        checkpoint.write_json(self.path / STATUS, {**content, "host": socket.gethostname(), **facts})
+        files.write_json(self.path / STATUS, {**content, "host": socket.gethostname(), **facts})
 
     def failed(self, error: BaseException) -> None:
-        """Say why the run ended, from whichever rank met it first: what follows on the others is only its echo."""
-        path = self.path / STATUS
-        if not self._opened:
-            return
-        # A full disk must not replace the error that it caused.
-        with contextlib.suppress(OSError, ValueError):
-            now = json.loads(path.read_text(encoding="utf-8"))
-            if now.get("state") == "running":
-                facts = {"rank": self.world.rank, "error": f"{type(error).__name__}: {error}"}
-                checkpoint.write_json(path, {**now, "state": "failed", **facts})
+        """Say why the run ended."""
+        watch = self.world.watch
+        if isinstance(error, RankLost):
+            self.ended(error.verdict)
+        elif watch.verdict is not None and not self.world.main:
+            self.ended(watch.verdict)
+        else:
+            state = "diverged" if isinstance(error, DivergedError) else "failed"
+            self.ended(Verdict(first_line(error), self.world.rank, watch.place.step, state))
+
+    def ended(self, verdict: Verdict) -> None:
+        """Any rank, any thread. Rank 0 writes; when it is gone, the others do, where they see the directory."""
+        facts = {"rank": verdict.rank, "step": verdict.step, "error": verdict.text}
+        if self.world.main:
+            self.status(verdict.state, **facts)
+        elif verdict.gone and verdict.rank == 0:
+            with self._writing, contextlib.suppress(OSError, ValueError):
+                now = json.loads((self.path / STATUS).read_text(encoding="utf-8"))
+                if now.get("state") == "running":
+                    files.write_json(self.path / STATUS, {**now, "state": verdict.state, **facts})
 
     def close(self) -> None:
         if self._lock is not None:
@@ -134,19 +192,32 @@ class RunDir:
             self._lock = None
 
 
+def _owner(text: str) -> str:
+    """Who says in the lock's file that it has it."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        facts = json.loads(text)
+        return one_line(f" (process {int(facts['pid'])} on {str(facts['host'])[:80]})")
+    return ""
+
+
 def read_status(run: Path) -> dict[str, Any]:
     """status.json, with ``state`` corrected to ``killed`` when its process is gone from this host."""
     path = run / STATUS
     try:
-        status = json.loads(path.read_text(encoding="utf-8"))
+        status = untrusted.read_json(path, 1 << 20)
+        if not isinstance(status, dict) or not isinstance(status.get("state"), str):
+            raise ValueError(STATUS)
     except (OSError, ValueError):
-        raise FastrexError(f"status: RUN must be a run directory, got {run} without a readable {STATUS}") from None
-    if status.get("state") == "running" and status.get("host") == socket.gethostname():
+        raise FastrexError(
+            f"status: RUN must be a run directory, got {run} without a readable {STATUS}; give what --out was"
+        ) from None
+    pid = status.get("pid")
+    if status["state"] == "running" and status.get("host") == socket.gethostname() and isinstance(pid, int):
         try:
-            os.kill(int(status["pid"]), 0)
+            os.kill(pid, 0)
         except ProcessLookupError:
             status["state"] = "killed"
-        except PermissionError:
+        except (PermissionError, OverflowError):
             pass
     steps = checkpoint.steps(run)
     return {**status, "checkpoint": steps[-1] if steps else None}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import tomllib
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Any
 
+from . import untrusted
 from .errors import UsageError
 
 
@@ -33,8 +33,8 @@ def parse_override(text: str) -> tuple[str, str, Any]:
     if not (eq and dot and section and key):
         raise UsageError(f"config: a setting must be section.key=value, got {text!r}")
     try:
-        value = tomllib.loads(f"v = {raw.strip()}")["v"]
-    except tomllib.TOMLDecodeError:
+        value = untrusted.parse_toml(f"v = {raw.strip()}")["v"]
+    except ValueError:
         value = raw.strip()
     return section, key, value
 
@@ -54,8 +54,8 @@ def build(cls: type[Any], content: Mapping[str, Any], section: str) -> Any:
 def parse(text: str, origin: str) -> dict[str, Any]:
     """TOML text as nested mappings."""
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        return untrusted.parse_toml(text)
+    except ValueError as error:
         raise UsageError(f"config: {origin} must be TOML: {error}") from None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, distributed, export, objectives, rundir
+from . import checkpoint, distributed, export, files, objectives, rundir
 from . import config as config_module
 from .config import Config
 from .data.dataset import open_dataset, open_index
@@ -33,13 +33,11 @@ def evaluate_source(source: str | Path, settings: Sequence[str], device: str = "
             found = checkpoint.newest_good(path)
             if found is None:
                 raise FastrexError(f"eval: {path} must hold a good checkpoint, all are damaged")
-            folder, step = found
-            parts, state = checkpoint.load(folder)
-            if tuple(state["classes"]) == index.classes:
+            if found.state.get("classes") == list(index.classes):
                 trainer = Trainer(config, len(index.classes), world)
-                trainer.load(parts)
-                return {"source": str(folder), "step": step, **trainer.evaluate(index)}
-            path = folder
+                trainer.load(found.parts)
+                return {"source": str(found.path), "step": found.step, **trainer.evaluate(index)}
+            path = found.path
         else:
             facts = export.load_source(path)
             config = config_module.override(Config(recipe="eval"), [*facts.settings(), *settings])
@@ -87,6 +85,6 @@ def show_batch(
         return
     text = page.page(samples, config, title, command, data.notices)
     try:
-        out.write_text(text, encoding="utf-8")
+        files.write_output(out, text)
     except OSError as error:
         raise FastrexError(f"cannot write {str(out)!r} ({error.strerror or error}); name another file") from error

@@ -24,7 +24,7 @@ from .data.dataset import DTYPES
 from .data.index import Index
 from .data.loader import Batch
 from .distributed import World
-from .errors import FastrexError
+from .errors import DivergedError, FastrexError
 from .evaluate import evaluate
 from .graph import WARM_UP, WARM_UP_RANKS, Inputs, StepGraph
 from .model.ema import make_ema
@@ -74,10 +74,13 @@ class Trainer:
         projector = Projector(int(encoder.num_features), config.projector, **norms)  # type: ignore[arg-type]
         model = MultiCropModel(encoder, projector, config.model.recompute)
         self.model = model.to(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.objective = objectives.make(config, config.projector.out_dim, num_classes).to(device)
+        self.objective = objectives.make(config, config.projector.out_dim, num_classes, world.group).to(device)
         set_process_group(self.model, world.group)
         self.method = Method(self.model, self.objective)
-        distributed.broadcast_([*self.method.parameters(), *self.method.buffers()], world)
+        # As the method names them; every rank draws its own rows of these from the seed.
+        self.split = frozenset(f"objective.{name}" for name in self.objective.split)
+        shared = (p for name, p in self.method.named_parameters() if name not in self.split)
+        distributed.broadcast_([*shared, *self.method.buffers()], world)
         self.ema = make_ema(self.model) if self.objective.needs_ema else None
         copies, ema_copies = self._attach_copies()
         if config.run.compile:
@@ -96,6 +99,8 @@ class Trainer:
             copies=copies,
             ema_copies=ema_copies,
             gradients="kept" if self.parallel is not None else "flat" if device.type == "cuda" else "fresh",
+            split=self.split,
+            world=world,
         )
         self.guard = Guard(self.precision == "fp16").to(device)
         self.number = torch.zeros((), dtype=torch.int64, device=device)
@@ -205,6 +210,8 @@ class Trainer:
         """Averages gradients over ranks. Buffers are equal on all ranks by construction (SyncBN, gathered bank): they
         are sent once, above, and never again. Gradients are views into the buckets: the all-reduce copies nothing."""
         device = self.world.device
+        # torch's mechanism for what it must neither average nor send: the gradients of split rows are averages already.
+        self.method._ddp_params_and_buffers_to_ignore = self.split  # type: ignore[assignment]
         # Its hooks belong to the stream that it is built on, which must be the one of the recording.
         with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
             parallel = DistributedDataParallel(
@@ -223,28 +230,70 @@ class Trainer:
         """Held-out accuracies of the online encoder, with the objective's classifier and by k-NN; ``note`` as in
         :func:`fastrex.evaluate.evaluate`."""
         self.method.eval()
+        classify = self.objective.classifier()
 
         def predict(features: Tensor) -> Tensor | None:
-            return self.objective.predict(self.model.projector(features).float())
+            return classify(self.model.projector(features).float())
 
         result = evaluate(self.model.encoder, index, self.config, self.world, self.autocast, predict, note)
         self.method.train()
         return result
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
-        """Every tensor of the run, by checkpoint file."""
+        """Every tensor of the run, by checkpoint file: the same on every rank and for any number of ranks.
+
+        To be called by all ranks together: rows that are split over them are sent around, and come on the host.
+        """
+        parts = self._own_parts()
+        for part, name in self._split_parts():
+            parts[part][name] = self.objective.join(parts[part][name])
+        return parts
+
+    def _own_parts(self) -> dict[str, dict[str, Tensor]]:
+        """The same without other ranks' rows."""
         ema = {} if self.ema is None else {"ema": self.ema.state_dict()}
         optimizer = {**self.optimizer.state(), **{f"guard.{name}": b for name, b in self.guard.state_dict().items()}}
         return {"model": self.model.state_dict(), **ema, "bank": self.objective.state_dict(), "optimizer": optimizer}
 
     def load(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take a checkpoint's tensors in place; missing, surplus or foreign ones are refused by name."""
-        mine = self.parts()
+        mine = self._own_parts()
         if mine.keys() != parts.keys():
             raise FastrexError(f"resume: checkpoint must hold {', '.join(mine)}, got {', '.join(parts)}")
-        for name, tensors in mine.items():
-            load_tensors(tensors, parts[name], name)
+        given = {part: dict(tensors) for part, tensors in parts.items()}
+        for part, name in self._split_parts():
+            if name in given[part]:
+                given[part][name] = self.objective.own(given[part][name])
+        for part, tensors in mine.items():
+            load_tensors(tensors, given[part], part)
         self.refresh_copies()
+
+    def _split_parts(self) -> list[tuple[str, str]]:
+        """Where in the parts the rows stand that are split over ranks: the weights and their momentum."""
+        weights = [("bank", name) for name in sorted(self.objective.split)]
+        return [*weights, *(("optimizer", f"momentum.{name}") for name in sorted(self.split))]
+
+    def check_finite(self, step: int) -> None:
+        """Before a checkpoint of ``step`` steps: whether all state is finite, also what no loss has shown (running
+        statistics that overflowed). To be called by all ranks together; a host sync.
+
+        Raises:
+            DivergedError: naming the first tensor that is not, on all ranks alike.
+        """
+        floating = [
+            (f"{part} tensor {name!r}", tensor)
+            for part, tensors in self._own_parts().items()
+            for name, tensor in tensors.items()
+            if tensor.is_floating_point()
+        ]
+        largest = torch.stack(torch._foreach_norm([tensor.detach() for _, tensor in floating], float("inf")))
+        finite = distributed.gather_rows(torch.isfinite(largest)[None].int(), self.world).amin(0).tolist()
+        for (name, _), good in zip(floating, finite, strict=True):
+            if not good:
+                raise DivergedError(
+                    f"train: all state must be finite, got NaN or inf in {name} after step {step}; the last good "
+                    "checkpoint stays; lower optim.lr, lengthen optim.warmup_epochs or use --precision fp32"
+                )
 
     def _reduce_gradients(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """DDP averages the gradients once, in the backward of the last micro-batch."""

@@ -6,33 +6,27 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shlex
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 import torch
 
 import fastrex_kernels
 
-from . import budget, checkpoint, distributed, export, memory, objectives, rundir, schedule
+from . import budget, checkpoint, distributed, export, memory, objectives, preflight, rundir, schedule, signals
 from . import resume as resume_module
 from .config import Config
-from .data.dataset import DTYPES, Dataset, open_dataset
+from .data.dataset import Dataset, open_dataset
 from .data.index import save as save_index
 from .data.loader import Batch
 from .distributed import World
 from .errors import DivergedError, FastrexError
 from .metrics import LOGGED, Log, Meter, Reading, check_writers, progress
-from .model.resnet import ResNet
 from .optim import MAX_SKIPPED
 from .step import Trainer, resolve_precision
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+from .watch import Stopped
 
 
 @dataclass(frozen=True)
@@ -55,6 +49,7 @@ def train(
     init_from: Path | str | None = None,
     max_steps: int | None = None,
     device: str = "auto",
+    allow_world_size_change: bool = False,
 ) -> Result:
     """Train from a configuration to an exported encoder; the same as the command ``fastrex train``.
 
@@ -65,6 +60,8 @@ def train(
         init_from: encoder weights to start a new run from: a run, a safetensors file or an official ``.pth``.
         max_steps: stop after this many steps; the schedule keeps its length.
         device: auto, cpu or cuda.
+        allow_world_size_change: continue a run on another number of ranks than it was saved from: the same global
+            batches, not the same bits.
 
     Raises:
         FastrexError: one line that names what is wrong and the way out.
@@ -72,23 +69,26 @@ def train(
     """
     if max_steps is not None and max_steps < 1:
         raise FastrexError(f"train: --max-steps must be at least 1, got {max_steps}")
-    with distributed.world(device) as world:
+    with signals.noted() as asked, distributed.world(device) as world:
+        world.watch.command, world.watch.wanted = "train", lambda: bool(asked)
+        world.watch.mark(0, "opening the data")
         config = None if config is None else resolve(config, world)
         path = Path(out) if out is not None else rundir.default_out(config if resume == "never" else None, world)
-        config, resuming = rundir.prepare(path, config, resume)
-        if resuming and init_from is not None:
-            if resume == "must":
-                raise FastrexError("train: --init-from must start a new run; it cannot be combined with --resume must")
-            init_from = None  # A restarted job repeats its command; the run has started from there already.
+        if world.main:
+            preflight.check_out(path)
+        config, resuming = rundir.decide(path, config, resume, world)
+        init_from = starting_weights(init_from, resuming, resume)
         # Whatever can be wrong with the input is found before the run directory is touched.
         data = open_dataset(config, world, path / rundir.INDEX if resuming else None)
         pooled = world.device.type == "cpu" and memory.pool()
+        world.watch.mark(0, "building the model")
         trainer = Trainer(config, len(data.classes), world)
         notices = [resume_module.init_from(trainer, init_from)] if init_from is not None else []
         if pooled:
             notices.append("CPU memory is pooled: what tensors free stays with this process (glibc mallopt)")
         notices.append(f"kernels: {fastrex_kernels.backend(world.device.type)}")
         check_writers(config)
+        notices += preflight.start(path, trainer)
         run = rundir.RunDir(path, world)
         facts = {"world_size": world.size, "device": str(world.device), "classes": len(data.classes)}
         with contextlib.ExitStack() as closing:
@@ -97,12 +97,9 @@ def train(
             try:
                 if world.main and data.index is not None and not resuming:
                     save_index(data.index, path / rundir.INDEX)
-                result = _train(trainer, data, run, resuming, max_steps, notices, closing)
+                result = _train(trainer, data, run, resuming, allow_world_size_change, max_steps, notices, closing)
                 trainer.close()
                 return result
-            except DivergedError as error:
-                run.status("diverged", error=str(error))
-                raise
             except BaseException as error:
                 run.failed(error)
                 raise
@@ -113,12 +110,16 @@ def _train(
     data: Dataset,
     run: rundir.RunDir,
     resuming: bool,
+    allow_world_size_change: bool,
     max_steps: int | None,
     notices: list[str],
     closing: contextlib.ExitStack,
 ) -> Result:
     config, world = trainer.config, trainer.world
-    start, lines = resume_module.restore(trainer, data, run.path) if resuming else (0, [])
+    start, lines = 0, list[str]()
+    if resuming:
+        world.watch.mark(0, "reading the checkpoint")
+        start, lines = resume_module.restore(trainer, data, run.path, allow_world_size_change=allow_world_size_change)
     plan = schedule.from_config(config.optim, data.steps_per_epoch)
     stop = plan.total if max_steps is None else min(max_steps, plan.total)
     log = Log(run.path, config, world, start if resuming else None)
@@ -126,7 +127,11 @@ def _train(
     lines += [*notices, *trainer.notices, *data.notices, *trainer.objective.notices(data.drawn_counts)]
     for line in [*_opening(trainer, data, run.path, start, stop, plan.total), *lines]:
         log.line(line)
-    step, state, metrics = _loop(trainer, data, plan, run, log, start, stop)
+    saving = resume_module.Saving(trainer, data, run.path, log.line)
+    closing.callback(saving.close)
+    world.watch.guard(config.run.stall_s, start)
+    step, state, metrics = _loop(trainer, data, plan, run, saving, log, start, stop)
+    world.watch.guard(0)
     if state == "preempted":
         run.status(state, step=step)
         way_on = f"fastrex train --out {shlex.quote(str(run.path))} --resume must"
@@ -143,19 +148,31 @@ def _train(
 
 
 def _loop(
-    trainer: Trainer, data: Dataset, plan: schedule.Schedule, run: rundir.RunDir, log: Log, start: int, stop: int
+    trainer: Trainer,
+    data: Dataset,
+    plan: schedule.Schedule,
+    run: rundir.RunDir,
+    saving: resume_module.Saving,
+    log: Log,
+    start: int,
+    stop: int,
 ) -> tuple[int, str, dict[str, float]]:
     """Run steps ``start`` to ``stop``; return (steps done, completed or preempted, last evaluation)."""
-    config, world, per_epoch = trainer.config, trainer.world, data.steps_per_epoch
+    config, world, watch, per_epoch = trainer.config, trainer.world, trainer.world.watch, data.steps_per_epoch
     meter, readings = Meter(), deque[Reading]()
-    step, state, results = start, "completed", {}
-    saved, evaluated = (start, -1) if start else (-1, -1)
-    if start and look_at(config, data, start) and not distributed.from_main(int(log.evaluated(start)), world):
-        # The run was killed between the checkpoint and its evaluation.
-        results, evaluated = _evaluate(trainer, data, log, start), start
-    with stop_signals() as asked, data.batches(start, stop, world) as loader, log.telling(loader.news):
+    step, results, evaluated = start, dict[str, float](), -1
+    leave = watch.boundary()
+    due = bool(start) and look_at(config, data, start) and not leave
+    if due and not distributed.from_main(int(log.evaluated(start)), world):
+        # The run was stopped or killed between the checkpoint and its evaluation.
+        results, leave = _evaluate(trainer, data, log, start)
+        evaluated = start
+    if leave:
+        return start, "preempted", {}
+    with data.batches(start, stop, world) as loader, log.telling(loader.news), watch.explaining():
         micros: list[Batch] = []
         mark = Mark(start)
+        watch.mark(step, "waiting for data")
         for batch in loader:
             log.news(loader.news)
             micros.append(batch)
@@ -165,48 +182,50 @@ def _loop(
             # The method itself draws nothing from torch's generators; a foreign encoder with dropout does.
             torch.manual_seed((config.run.seed * 1_000_003 + step) * 4099 + world.rank & (2**63 - 1))
             lr = plan.lr(step)
+            watch.mark(step, "training")
             meter.add(trainer.step(step, micros, lr))
             micros, step = [], step + 1
+            watch.mark(step, "waiting for data")
 
             epochs_done = step // per_epoch if step % per_epoch == 0 else 0
             last = step == stop
-            save = (
-                last or _due(config.checkpoint.every_epochs, epochs_done) or _due(config.checkpoint.every_steps, step)
-            )
+            save = _due(config.checkpoint.every_epochs, epochs_done) or _due(config.checkpoint.every_steps, step)
             look = bool(data.held_out) and (last or look_at(config, data, step))
-            # Asking the other ranks costs a host sync on a GPU: there they are asked on logging steps only.
-            stopping = world.quick_agreement and distributed.any_true(bool(asked), world)
-            if not (save or look or stopping or step % config.run.log_every == 0):
+            if (complete := saving.poll()) is not None:
+                run.status("running", step=complete)
+            leave = watch.boundary()
+            if not (save or look or leave or last or step % config.run.log_every == 0):
                 continue
             sent = {**meter.take(world), **trainer.guard.report()}
             rates = mark.rates(step, loader.wait_s, config.optim.batch_size)
             left_s = (stop - step) * mark.seconds_per_step
             known = {**rates, "train/lr": lr, "train/epoch": step / per_epoch}
             readings.append(Reading(sent, step, known, left_s))
-            leave = distributed.any_true(bool(asked), world)
             # What was sent to the host a logging interval ago has arrived: to read it, nobody waits. The loop waits
             # for the device only where something hangs on the numbers of this very step.
-            waiting = world.device.type == "cuda" and not (save or look or leave)
+            waiting = world.device.type == "cuda" and not (save or look or leave or last)
             while len(readings) > waiting:
                 _report(trainer, log, readings.popleft(), stop, per_epoch, run.path)
-            if save or leave:
-                resume_module.save(trainer, data, run.path, step)
-                saved = step
-                run.status("running", step=step)
-            if look and (last or not leave):
-                results, evaluated = _evaluate(trainer, data, log, step), step
-            if leave and not last:
-                state = "preempted"
+            if save or last or leave:
+                watch.mark(step, "saving")
+                saving.save(step, last=last or leave)
+            if look and not leave:
+                results, leave = _evaluate(trainer, data, log, step)
+                evaluated = step
+            if leave:
                 break
             mark = Mark(step, loader.wait_s)
+            watch.mark(step, "waiting for data")
     _tell(trainer, log)
-    if state == "completed" and step < stop:
+    if not leave and step < stop:
         raise RuntimeError(f"train: the loader must give batches up to step {stop}, it ended at step {step}")
-    if saved != step:
-        resume_module.save(trainer, data, run.path, step)
-    if state == "completed" and evaluated != step and data.held_out:
-        results = _evaluate(trainer, data, log, step)
-    return step, state, results
+    if not leave and evaluated != step and data.held_out:
+        results, leave = _evaluate(trainer, data, log, step)
+    # One that was written in the background, or fell due only now.
+    saving.save(step, last=True)
+    # Stopped right after the last step: only the evaluation is missing, if there is one.
+    preempted = leave and (step < stop or data.held_out > 0)
+    return step, "preempted" if preempted else "completed", results
 
 
 def _tell(trainer: Trainer, log: Log) -> None:
@@ -222,6 +241,13 @@ def resolve(config: Config, world: World) -> Config:
     return dataclasses.replace(objectives.resolve(config), optim=optim)
 
 
+def starting_weights(init_from: Path | str | None, resuming: bool, resume: str) -> Path | str | None:
+    """``init_from`` for a new run. A restarted job repeats its command; its run has started from there already."""
+    if resuming and init_from is not None and resume == "must":
+        raise FastrexError("train: --init-from must start a new run; it cannot be combined with --resume must")
+    return None if resuming else init_from
+
+
 def _due(every: int, count: int) -> bool:
     return every > 0 and count > 0 and count % every == 0
 
@@ -232,12 +258,17 @@ def look_at(config: Config, data: Dataset, step: int) -> bool:
     return data.held_out > 0 and rest == 0 and _due(config.eval.every_epochs, epochs)
 
 
-def _evaluate(trainer: Trainer, data: Dataset, log: Log, step: int) -> dict[str, float]:
+def _evaluate(trainer: Trainer, data: Dataset, log: Log, step: int) -> tuple[dict[str, float], bool]:
+    """Results, and whether all ranks left on request before there were any."""
     assert data.index is not None
-    results = trainer.evaluate(data.index, log.anyone)
+    trainer.world.watch.mark(step, "evaluating")
+    try:
+        results = trainer.evaluate(data.index, log.anyone)
+    except Stopped:
+        return {}, True
     log.record(step, results)
     log.line(f"step {step} evaluation | {accuracies(results)}")
-    return results
+    return results, False
 
 
 def _report(trainer: Trainer, log: Log, reading: Reading, stop: int, per_epoch: int, run: Path) -> None:
@@ -278,28 +309,6 @@ class Mark:
         return {"perf/images_per_s": images / self.seconds_per_step, "perf/data_wait": (wait_s - self.wait_s) / elapsed}
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect requests to stop; the loop leaves at the end of a step with a checkpoint. A second SIGINT interrupts at
-    once."""
-    seen: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield seen
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and signal.SIGINT in seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
-    try:
-        yield seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def accuracies(results: dict[str, float]) -> str:
     """Evaluation results as words."""
     names = {"eval/top1": "top-1", "eval/knn": "k-NN"}
@@ -323,12 +332,8 @@ def _opening(trainer: Trainer, data: Dataset, run: Path, start: int, stop: int, 
             f"optim.accumulate={config.optim.accumulate}: BatchNorm works per micro-batch of "
             f"{config.optim.batch_size // config.optim.accumulate} images; bank, EMA and weights move once per step"
         )
-    if isinstance(trainer.model.encoder, ResNet):
-        images = config.optim.batch_size // (config.optim.accumulate * world.size)
-        dtype = DTYPES[trainer.precision]
-        kept = budget.activations(trainer.model, config.data.crops, images, config.data.channels, dtype)
-        state = budget.state_bytes(trainer.method, trainer.ema)
-        lines.append(budget.budget_line(kept, images, state, memory.available(world.device)))
+    if (step := preflight.step_memory(trainer)) is not None:
+        lines.append(budget.budget_line(*step, memory.available(world.device)))
     return lines
 
 

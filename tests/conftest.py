@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fault_report import FAULT, FaultReport
 from PIL import Image
 
 # Without a GPU the Triton kernels run in Triton's interpreter; Triton reads this when a kernel is defined.
@@ -92,9 +92,12 @@ def imagenet_sample() -> Path:
     return Path(folder) / "imagenet-sample"
 
 
+OUTER = ("TORCHELASTIC_", "MASTER_", "PET_", "SLURM_")
+
+
 def environment() -> dict[str, str]:
-    """For processes that tests start: the checkout on the path, one thread, nothing of an outer torchrun."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC_", "MASTER_")) and k != "RANK"}
+    """For processes that tests start: the checkout on the path, one thread, nothing of an outer launcher."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(OUTER) and k != "RANK"}
     return {**kept, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
 
 
@@ -102,8 +105,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--report", metavar="FILE", help="write what the fault tests injected and what survived, as JSON")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Also in the processes of pytest-xdist, whose lines travel to this one; only this one writes.
+    path = config.getoption("--report")
+    if path:
+        config.pluginmanager.register(FaultReport(None if hasattr(config, "workerinput") else Path(path)))
+
+
 @pytest.fixture
-def report(record_property: Callable[[str, object], None], request: pytest.FixtureRequest) -> Callable[..., None]:
+def report(request: pytest.FixtureRequest) -> Callable[..., None]:
     """``report("T14", "a rank raises at step 5", injected=1, survived=1, bits_equal=True)``: a line of the table of
     faults. Called once per kind of fault, after what it says was asserted; further keywords are kept as they are."""
 
@@ -111,22 +121,6 @@ def report(record_property: Callable[[str, object], None], request: pytest.Fixtu
         number: str, fault: str, *, injected: int, survived: int, bits_equal: bool | None = None, **more: object
     ) -> None:
         line = {"id": number, "fault": fault, "injected": injected, "survived": survived, "bits_equal": bits_equal}
-        record_property("fault", {**line, **more, "test": request.node.nodeid})
+        request.node.user_properties.append((FAULT, {**line, **more, "test": request.node.nodeid}))
 
     return note
-
-
-FAULTS: list[dict[str, object]] = []
-
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    # The reports of a test's phases repeat its properties; over several workers this runs where all of them arrive.
-    if report.when == "teardown":
-        FAULTS.extend(value for name, value in report.user_properties if name == "fault" and isinstance(value, dict))
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    path = session.config.getoption("--report")
-    if path and not hasattr(session.config, "workerinput"):
-        lines = sorted(FAULTS, key=lambda line: (str(line["id"]), str(line["fault"])))
-        Path(path).write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -59,7 +60,10 @@ class Job:
 
     def kill(self) -> None:
         for process in self.processes:
-            # The group: a launcher's workers too.
+            # torchrun gives its workers sessions of their own: the group alone would leave them.
+            for pid in descendants(process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             try:
                 os.killpg(process.pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -75,17 +79,29 @@ class Job:
         self.kill()
 
 
-def faulty(arguments: Iterable[str | Path], faults: Sequence[str] = (), hashes: Path | None = None) -> list[str]:
+def faulty(
+    arguments: Iterable[str | Path],
+    faults: Sequence[str] = (),
+    hashes: Path | None = None,
+    batches: Path | None = None,
+) -> list[str]:
     """Words for python: the program with accidents, or the plain one where none are wanted."""
-    if not faults and hashes is None:
+    if not faults and hashes is None and batches is None:
         return ["-m", "fastrex", *map(str, arguments)]
     words = [str(FAULTY), *(w for fault in faults for w in ("--fault", fault))]
-    return [*words, *(["--hash", str(hashes)] if hashes else []), "--", *map(str, arguments)]
+    for option, folder in (("--hash", hashes), ("--batches", batches)):
+        words += [option, str(folder)] if folder else []
+    return [*words, "--", *map(str, arguments)]
 
 
 def one(log: Path, words: Sequence[str], **more: str) -> Job:
     """One process without a launcher."""
     return _start(log, [[sys.executable, *words]], [more])
+
+
+def command(log: Path, words: Sequence[str], **more: str) -> Job:
+    """One process of any program."""
+    return _start(log, [words], [more])
 
 
 def torchrun(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
-import signal
+import re
+import resource
+import shutil
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,16 +19,21 @@ import torch
 
 from fastrex import checkpoint
 
-ROOT = Path(__file__).parents[1]
-
 
 def parts(value: float = 1.0) -> dict[str, dict[str, torch.Tensor]]:
     image = torch.full((2, 3, 4, 4), value).to(memory_format=torch.channels_last)
     return {"model": {"conv": image, "count": torch.tensor(7)}, "bank": {"labels": torch.arange(5)}}
 
 
-def write(run: Path, step: int, keep: int = 10) -> Path:
-    return checkpoint.save(run, step, parts(float(step)), {"epoch": step / 2}, keep)
+def write(run: Path, step: int, keep: int = 10, every: int = 0) -> Path:
+    return checkpoint.save(
+        run, step, parts(float(step)), {"epoch": step / 2, "digest": ""}, keep_last=keep, keep_every=every
+    )
+
+
+def good(run: Path, say: Callable[[str], object] | None = None) -> int | None:
+    found = checkpoint.newest_good(run, say)
+    return None if found is None else found.step
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -52,8 +61,48 @@ def test_retention_keeps_the_newest(tmp_path: Path) -> None:
     assert checkpoint.steps(tmp_path) == [3, 10]
 
 
+def test_multiples_stay_for_good(tmp_path: Path) -> None:
+    for step in range(1, 12):
+        write(tmp_path, step, keep=2, every=4)
+    assert checkpoint.steps(tmp_path) == [4, 8, 10, 11]
+
+
+def test_what_is_damaged_does_not_count_as_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    (checkpoint.folder(tmp_path, 2) / "bank.safetensors").unlink()
+    (checkpoint.folder(tmp_path, 3) / "state.json").write_bytes(b"")
+    write(tmp_path, 4, keep=2)
+    assert checkpoint.steps(tmp_path) == [1, 2, 3, 4]
+    write(tmp_path, 5, keep=2)
+    assert checkpoint.steps(tmp_path) == [4, 5]
+
+
+def test_nothing_is_removed_before_its_successor_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 1, keep=1)
+    seen = []
+    original = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        seen.append((Path(target).name, good(tmp_path)))
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    write(tmp_path, 2, keep=1)
+    assert [(name[:10], step) for name, step in seen] == [("step-00000", 1), (".tmp-old-s", 2)]
+    assert checkpoint.steps(tmp_path) == [2]
+
+
 def test_saving_a_step_again_is_harmless(tmp_path: Path) -> None:
-    assert write(tmp_path, 3) == write(tmp_path, 3)
+    first = write(tmp_path, 3)
+    stamp = (first / "state.json").stat().st_mtime_ns
+    assert write(tmp_path, 3) == first
+    assert (first / "state.json").stat().st_mtime_ns == stamp
+    # Unless it is damaged: then it is written anew.
+    flip(first / "model.safetensors")
+    assert write(tmp_path, 3) == first
+    assert good(tmp_path) == 3
+    assert (tmp_path / "checkpoints" / "bad.step-00000003").is_dir()
 
 
 def flip(path: Path) -> None:
@@ -62,120 +111,165 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def reseal(path: Path, **changes: object) -> None:
+    """Change the manifest as a program would that knows its checksum; None takes a key away."""
+    state = {**json.loads((path / "state.json").read_text(encoding="utf-8")), **changes}
+    kept = {key: value for key, value in state.items() if value is not None}
+    (path / "state.json").write_text(json.dumps(checkpoint.sealed(kept)), encoding="utf-8")
+
+
 def damage(path: Path, how: str) -> None:
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     if how == "flipped bit":
         flip(path / "model.safetensors")
-    elif how == "cut":
+    elif how == "cut file":
         (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:-8])
     elif how == "missing file":
         (path / "bank.safetensors").unlink()
+    elif how == "extra file":
+        (path / "notes.txt").touch()
+    elif how == "extra tensors":
+        shutil.copy(path / "bank.safetensors", path / "other.safetensors")
     elif how == "empty manifest":
         (path / "state.json").write_text("", encoding="utf-8")
+    elif how == "missing manifest":
+        (path / "state.json").unlink()
     elif how == "manifest of another shape":
-        (path / "state.json").write_text('{"format": 1, "files": [], "step": 2}', encoding="utf-8")
-    elif how == "newer format":
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        (path / "state.json").write_text(json.dumps({**state, "format": 99}), encoding="utf-8")
+        reseal(path, files=[])
+    elif how == "wrong sha256":
+        state["files"]["model.safetensors"]["sha256"] = "0" * 64
+        reseal(path, files=state["files"])
+    elif how == "edited manifest":
+        (path / "state.json").write_text(json.dumps({**state, "epoch": 9.0}), encoding="utf-8")
+    elif how == "of another step":
+        reseal(path, step=7)
     elif how == "path that leaves the folder":
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        state["files"]["../../x.safetensors"] = {"bytes": 1, "sha256": ""}
-        (path / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        reseal(path, files={**state["files"], "../../x.safetensors": {"bytes": 1, "sha256": ""}})
+    elif how == "tensors that are none":
+        text = b"not tensors"
+        (path / "bank.safetensors").write_bytes(text)
+        fact = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+        reseal(path, files={**state["files"], "bank.safetensors": fact})
+    else:
+        raise AssertionError(how)
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        "flipped bit",
-        "cut",
-        "missing file",
-        "empty manifest",
-        "manifest of another shape",
-        "newer format",
-        "path that leaves the folder",
-    ],
-)
+WAYS = (
+    "flipped bit", "cut file", "missing file", "extra file", "extra tensors", "empty manifest", "missing manifest",
+    "manifest of another shape", "wrong sha256", "edited manifest", "of another step", "path that leaves the folder",
+    "tensors that are none",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("how", WAYS)
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path: Path, how: str) -> None:
     write(tmp_path, 1)
     damage(write(tmp_path, 2), how)
     with pytest.raises(checkpoint.BadCheckpoint):
         checkpoint.load(checkpoint.folder(tmp_path, 2))
     said: list[str] = []
-    assert checkpoint.newest_good(tmp_path, said.append) == (checkpoint.folder(tmp_path, 1), 1)
-    assert "set aside as bad.step-00000002" in said[0]
+    assert good(tmp_path, said.append) == 1
+    assert "set aside as bad.step-00000002, step 1 is used" in said[0]
     # The same step can be saved again.
     write(tmp_path, 2)
-    assert checkpoint.newest_good(tmp_path, said.append) == (checkpoint.folder(tmp_path, 2), 2)
+    assert good(tmp_path, said.append) == 2
+
+
+def test_no_bit_of_a_checkpoint_can_flip_unnoticed(tmp_path: Path) -> None:
+    path = write(tmp_path, 1)
+    for name in ("state.json", "model.safetensors", "bank.safetensors"):
+        whole = (path / name).read_bytes()
+        for place in range(len(whole)):
+            changed = bytearray(whole)
+            changed[place] ^= 1 << place % 8
+            (path / name).write_bytes(changed)
+            with pytest.raises(checkpoint.BadCheckpoint):
+                checkpoint.load(path)
+        (path / name).write_bytes(whole)
+    assert good(tmp_path) == 1
 
 
 def test_looking_without_a_writer_touches_nothing(tmp_path: Path) -> None:
     write(tmp_path, 1)
-    damage(write(tmp_path, 2), "cut")
-    assert checkpoint.newest_good(tmp_path) == (checkpoint.folder(tmp_path, 1), 1)
+    damage(write(tmp_path, 2), "cut file")
+    assert good(tmp_path) == 1
     assert checkpoint.steps(tmp_path) == [1, 2]
 
 
-def test_all_damaged_is_not_a_fresh_start(tmp_path: Path) -> None:
-    damage(write(tmp_path, 2), "cut")
-    assert checkpoint.newest_good(tmp_path, lambda _: None) is None
+def test_corpses_are_few(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    for step in range(2, 8):
+        damage(write(tmp_path, step), "cut file")
+        assert good(tmp_path, lambda _: None) == 1
+    bad = sorted(p.name for p in (tmp_path / "checkpoints").glob("bad.*"))
+    assert bad == ["bad.step-00000006", "bad.step-00000007"]
+
+
+def test_all_damaged_is_not_a_fresh_start_and_nothing_is_thrown_away(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        damage(write(tmp_path, step), "cut file")
+    assert good(tmp_path, lambda _: None) is None
+    assert checkpoint.steps(tmp_path) == [1, 2, 3, 4]
     assert checkpoint.had_any(tmp_path)
     assert not checkpoint.had_any(tmp_path / "elsewhere")
 
 
-FULL = """
-import resource, sys, torch
-from pathlib import Path
-from fastrex import checkpoint
-from fastrex.errors import FastrexError
-# A limit on the size of files stands for a full disk: the kernel refuses the write in the same way.
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-import signal
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-try:
-    checkpoint.save(Path(sys.argv[1]), 2, {"model": {"w": torch.zeros(100_000)}}, {}, 2)
-except FastrexError as error:
-    print(error)
-"""
-
-
-def test_a_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
+def test_leftovers_of_the_dead_are_swept_and_those_of_the_living_stay(tmp_path: Path) -> None:
     write(tmp_path, 1)
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    result = subprocess.run(
-        [sys.executable, "-c", FULL, str(tmp_path)], env=env, capture_output=True, text=True, check=True
-    )
-    assert "could not be written" in result.stdout
-    assert "older checkpoints are untouched" in result.stdout
+    folder = tmp_path / "checkpoints"
+    (folder / ".tmp-step-00000002-77-dead").mkdir()
+    (folder / ".tmp-step-00000002-77-dead" / "model.safetensors").touch()
+    living = folder / ".tmp-step-00000003-78-living"
+    living.mkdir()
+    hold = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), fcntl.LOCK_EX); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, living], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        write(tmp_path, 2)
+        assert [p.name for p in folder.glob(".tmp-*")] == [living.name]
+        process.kill()
+    checkpoint.sweep(tmp_path)
+    assert not list(folder.glob(".tmp-*"))
+
+
+def test_a_broken_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 1)
+
+    def fsync(handle: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(
+        checkpoint.WriteFailed, match=r"step-00000002 could not be written \(Input/output error; it needs"
+    ):
+        write(tmp_path, 2)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000001"]
 
 
-LOOP = """
-import sys, torch
-from pathlib import Path
-from fastrex import checkpoint
-run, step = Path(sys.argv[1]), 0
-while True:
-    step += 1
-    checkpoint.save(run, step, {"model": {"w": torch.full((200_000,), float(step))}}, {}, 2)
-    print(step, flush=True)
-"""
+def test_room_is_asked_for_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 1)
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(checkpoint, "_temporary", lambda final: pytest.fail("it was begun"))
+    words = r"\(No space left on device; it needs 432 bytes, 1000 are free\); older checkpoints are untouched"
+    with pytest.raises(checkpoint.WriteFailed, match=words):
+        write(tmp_path, 2)
 
 
-def test_kill_at_any_moment_leaves_a_good_checkpoint(tmp_path: Path) -> None:
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    for attempt in range(4):
-        run = tmp_path / str(attempt)
-        process = subprocess.Popen([sys.executable, "-c", LOOP, str(run)], env=env, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        for _ in range(3):
-            process.stdout.readline()
-        # Different phases of the write: the loop needs a few milliseconds per save.
-        time.sleep(0.003 * attempt)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        newest = checkpoint.steps(run)[-1]
-        found = checkpoint.newest_good(run)
-        assert found == (checkpoint.folder(run, newest), newest)
-        assert checkpoint.load(found[0])[0]["model"]["w"][0].item() == newest
-        write(run, newest + 1)
-        assert not list((run / "checkpoints").glob(".tmp-*"))
+def test_a_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
+    """The kernel refuses the write: a limit on the size of files stands for the disk."""
+    write(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(checkpoint.WriteFailed) as caught:
+            checkpoint.save(tmp_path, 2, {"model": {"w": torch.zeros(100_000)}}, {}, keep_last=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    words = (
+        r"step-00000002 could not be written \(.*too large.*; it needs 400000 bytes, \d+ are free\); older checkpoints"
+    )
+    assert re.search(words, str(caught.value), re.IGNORECASE)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000001"]
+    assert good(tmp_path) == 1

@@ -131,7 +131,7 @@ def test_unknown_recipe_and_own_recipe(tmp_path) -> None:
 
 def test_another_objective_brings_its_own_options() -> None:
     config = objectives.resolve(c.load("trex", ["objective.temperature=0.2", "objective.name=cosine_softmax"]))
-    assert dict(config.objective.options) == {"temperature": 0.2}
+    assert dict(config.objective.options) == {"temperature": 0.2, "sharded": False}
 
 
 def test_what_cannot_be_compiled_is_refused() -> None:

@@ -103,7 +103,8 @@ def test_torchrun_trains_to_the_end_and_another_number_of_ranks_continues(stripe
     assert first.returncode == 0, first.stderr
     assert rundir.read_status(out)["state"] == "completed"
     assert json.loads((out / "env.json").read_text(encoding="utf-8"))["world_size"] == 2
-    second = torchrun(1, "-m", "fastrex", "train", "--out", out, "--resume", "must", "--device", "cpu")
+    resume = ["-m", "fastrex", "train", "--out", out, "--resume", "must", "--device", "cpu"]
+    second = torchrun(1, *resume, "--allow-world-size-change")
     assert second.returncode == 0, second.stderr
     assert "resuming a run of 2 ranks with 1" in second.stdout
     assert checkpoint.steps(out)[-1] == 16

@@ -50,7 +50,9 @@ def make_run(path: Path, model: ModelConfig, steps: tuple[int, ...] = (1, 2), ch
     for step in steps:
         net = encoder(model, seed=step, channels=channels)
         tensors = {**contiguous(net.state_dict(), "encoder."), "projector.layers.0.weight": torch.zeros(2, 2)}
-        checkpoint.save(path, step, {"model": tensors, "optimizer": {"lr": torch.zeros(1)}}, {"classes": []}, keep=5)
+        checkpoint.save(
+            path, step, {"model": tensors, "optimizer": {"lr": torch.zeros(1)}}, {"classes": []}, keep_last=5
+        )
     return net
 
 

@@ -155,6 +155,31 @@ def test_too_many_overflows_in_a_row_are_latched() -> None:
     assert (int(guard.diverged), int(guard.skipped), float(guard.scale)) == (MAX_SKIPPED - 1, MAX_SKIPPED, scale)
 
 
+def test_the_scale_can_neither_vanish_nor_become_infinite() -> None:
+    guard = Guard(fp16=True)
+    # Never so many in a row that the run stops.
+    for n in range(400):
+        guard.judge(number(n), TRUE, FALSE if n % 2 else TRUE)
+    assert float(guard.scale) == 1.0
+    assert int(guard.diverged) == -1
+    guard.scale.fill_(2.0**32)
+    guard.growth.fill_(GROWTH_INTERVAL - 1)
+    guard.judge(number(400), TRUE, TRUE)
+    assert float(guard.scale) == 2.0**32
+    assert int(guard.growth) == 0
+
+
+def test_a_diverged_guard_moves_no_more() -> None:
+    guard = Guard(fp16=True)
+    guard.judge(number(0), TRUE, TRUE)
+    guard.judge(number(1), FALSE, TRUE)
+    before = {name: float(value) for name, value in guard.state_dict().items()}
+    guard.judge(number(2), TRUE, FALSE)
+    guard.judge(number(3), TRUE, TRUE)
+    assert {name: float(value) for name, value in guard.state_dict().items()} == before
+    assert before["diverged"] == 1
+
+
 def test_foreign_tensors_are_refused_by_name() -> None:
     mine = {"a": torch.zeros(2), "b": torch.zeros(3)}
     with pytest.raises(FastrexError, match="lacks model tensor 'b'"):

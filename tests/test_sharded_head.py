@@ -192,6 +192,7 @@ def rank_main(rank: int, folder: Path, ranks: int) -> None:
     facts["autocast"] = [str(t.dtype) for t in (loss, single.weight, single.weight.grad)]
     tensors["autocast loss"] = loss.detach()
 
+    tensors["opposite parts"] = opposite_parts(ranks, group, torch.float16)
     means = OnlineClassMeans(DIM, 10, bank_size=40, process_group=group)
     g = torch.Generator().manual_seed(4)
     for _ in range(3):
@@ -214,6 +215,22 @@ def rank_main(rank: int, folder: Path, ranks: int) -> None:
     dist.barrier()
     dist.destroy_process_group()
     os._exit(0)  # see fastrex.cli._leave
+
+
+def opposite_parts(ranks: int, group: Any, dtype: torch.dtype) -> Tensor:
+    """dx where that of every class is beyond fp16, and of all together is not: they all but cancel out."""
+    made = CosineHead(DIM, ranks, process_group=group, reduction="sum")
+    with torch.no_grad():
+        full = torch.zeros(ranks, DIM)
+        full[:, 0] = 1
+        full[range(ranks), [2 + c for c in range(ranks)]] = 0.01
+        made.load_full_weight(full)
+    x = torch.zeros(2, DIM, dtype=dtype)
+    x[:, 1] = 2**-7
+    x.requires_grad_()
+    (made(x, torch.zeros(2, dtype=torch.int64)) * 1000).backward()
+    assert x.grad is not None
+    return x.grad
 
 
 def train_replicated(ranks: int, own: slice) -> tuple[nn.Module]:
@@ -360,6 +377,14 @@ def test_only_what_needs_a_gradient_gets_one(ranks: Ranks) -> None:
     assert one.log_temperature.grad is not None
     for tensors, _ in ranks:
         close(tensors["temperature without features"], one.log_temperature.grad, 1e-5)
+
+
+def test_parts_of_a_gradient_are_summed_before_they_are_rounded(ranks: Ranks) -> None:
+    wanted = opposite_parts(len(ranks), None, torch.float32)
+    assert wanted.abs().max() > 1000
+    for tensors, _ in ranks:
+        assert tensors["opposite parts"].dtype == torch.float16
+        close(tensors["opposite parts"].float(), wanted, 2e-3)
 
 
 def test_autocast_leaves_the_parameters_alone(ranks: Ranks) -> None:

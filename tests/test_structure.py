@@ -71,6 +71,7 @@ def test_kernels_is_never_a_package() -> None:
     [
         ("settings", set()),
         ("config", set()),
+        ("sections", set()),
         ("errors", set()),
         ("schedule", set()),
         ("data/draws", {"numpy"}),
@@ -81,22 +82,40 @@ def test_kernels_is_never_a_package() -> None:
         ("data/tars", set()),
         ("data/shards", {"numpy"}),
         ("data/sources", set()),
+        ("data/columns", {"numpy"}),
         ("data/index", {"numpy"}),
+        ("data/reader", {"numpy"}),
         ("data/sharding", {"numpy"}),
+        ("files", set()),
+        ("untrusted", set()),
+        ("stored", set()),
     ],
 )
 def test_torch_free_files(name: str, allowed: set[str]) -> None:
     path = ROOT / "fastrex" / f"{name}.py"
     assert outside(path) <= allowed
     ours = {n for n in imported(path) if n.startswith("fastrex")}
-    data = {f"fastrex.data.{n}" for n in ("draws", "scan", "headers", "lists", "tars", "shards", "sources", "index")}
-    assert ours <= {"fastrex.config", "fastrex.settings", "fastrex.errors"} | data
+    names = ("draws", "scan", "headers", "lists", "tars", "shards", "sources", "columns", "index", "reader", "codec")
+    data = {"fastrex.data", *(f"fastrex.data.{n}" for n in names)}
+    leaves = {f"fastrex.{n}" for n in ("config", "sections", "settings", "errors", "files", "untrusted", "stored")}
+    assert ours <= leaves | data | {"fastrex"}
+
+
+LEAVES = (
+    ("apex", ()),
+    ("distributed", ()),
+    ("tensorfile", ()),
+    ("checkpoint", ("tensorfile",)),
+    ("digests", ()),
+    ("sgd", ("apex",)),
+    ("optim", ("sgd",)),
+)
 
 
 def test_leaves() -> None:
-    for name, more in (("apex", ()), ("distributed", ()), ("checkpoint", ()), ("sgd", ("apex",)), ("optim", ("sgd",))):
+    for name, more in LEAVES:
         ours = {n for n in imported(ROOT / "fastrex" / f"{name}.py") if n.startswith("fastrex.")}
-        allowed = {f"fastrex.{n}" for n in ("config", "errors", "distributed", *more)}
+        allowed = {f"fastrex.{n}" for n in ("config", "errors", "distributed", "files", "untrusted", *more)}
         assert ours <= allowed, name
 
 
@@ -104,6 +123,7 @@ def test_leaves() -> None:
 def test_folders_do_not_know_one_another(folder: str) -> None:
     allowed = (
         *("fastrex.config", "fastrex.settings", "fastrex.errors", "fastrex.distributed", "fastrex.apex"),
+        *("fastrex.files", "fastrex.untrusted", "fastrex.stored"),
         "fastrex_kernels",
         f"fastrex.{folder}",
     )
@@ -118,16 +138,77 @@ def test_only_two_files_import_dali() -> None:
     assert users == {"fastrex.data.dali", "fastrex.data.codec"}
 
 
-def test_pickle_lives_in_one_file() -> None:
-    for path in SOURCES:
-        if path.name == "foreign.py":
-            continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        names = imported(path)
-        assert not any(n == "pickle" or n.startswith("pickle.") for n in names), module(path)
-        calls = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-        assert not [c for c in calls if re.match(r"torch\.load\(|eval\(|yaml\.load\(", c)], module(path)
-        assert not [c for c in calls if "allow_pickle=True" in c or "shell=True" in c], module(path)
+# What runs code that a file holds, unpacks wherever a file says, or hands words to a shell.
+FORBIDDEN_MODULES = (
+    *("pickle", "_pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib"),
+    *("torch.distributed.checkpoint", "torch.package", "torch.hub"),
+)
+FORBIDDEN_CALLS = re.compile(
+    r"(eval|exec|compile|(tempfile\.)?mktemp"
+    r"|(\w+\.)*(system|popen|extractall|unpack_archive|read_pickle|unsafe_load|get_object|\w+_object|\w+_object_list)"
+    r"|torch\.load|torch\.jit\.load|(torch\.)?hub\.load\w*|yaml\.(load|full_load|load_all))\("
+)
+# Where they are meant, and why.
+ALLOWED = {
+    ("fastrex/foreign.py", "pickle"),  # the one Unpickler, which knows tensors and plain containers
+    ("tests/test_foreign.py", "pickle"),  # makes hostile pickles
+    ("tests/test_foreign.py", "torch.load"),  # shows that the bomb is real, and that weights_only refuses
+    ("tests/test_faults_hostile.py", "pickle"),  # makes hostile pickles
+    ("tests/test_modules.py", "torch.load"),  # what users of the kernels do with a state of their own
+    ("tests/test_readme.py", "compile"),  # runs the README's examples
+    ("tests/test_readme.py", "exec"),  # the same
+}
+EVERYTHING = sorted(
+    path
+    for folder in ("fastrex", "kernels", "benchmarks", "tests", "examples", ".ci")
+    for path in (ROOT / folder).rglob("*.py")
+)
+
+
+def forbidden(tree: ast.AST) -> set[str]:
+    """Names of what the file should not use, with an attribute's whole path."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            base = [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+            names = {alias.name for alias in node.names} if isinstance(node, ast.Import) else {
+                *base, *(f"{stem}.{alias.name}" for stem in base for alias in node.names)
+            }  # fmt: skip
+            found |= {m for m in FORBIDDEN_MODULES for n in names if n == m or n.startswith(f"{m}.")}
+        elif isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            if FORBIDDEN_CALLS.match(f"{name}("):
+                found.add(name)
+            options = {option.arg: ast.unparse(option.value) for option in node.keywords}
+            if options.get("shell", "False") != "False" or options.get("allow_pickle", "False") != "False":
+                found.add(name)
+            if name.endswith(".extract") and "filter" not in options:
+                found.add(name)
+    return found
+
+
+def test_nothing_runs_what_a_file_holds() -> None:
+    assert len(EVERYTHING) > 100
+    used = {
+        (str(path.relative_to(ROOT)), name)
+        for path in EVERYTHING
+        for name in forbidden(ast.parse(path.read_text(encoding="utf-8")))
+    }
+    assert used == ALLOWED
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle", "from pickle import loads", "import torch.distributed.checkpoint as dcp", "import shelve",
+        "from torch.distributed import checkpoint", "torch.load(x, weights_only=True)", "eval(x)", "exec(x)",
+        "os.system(x)", "subprocess.run(x, shell=True)", "np.load(x, allow_pickle=True)", "yaml.load(x)",
+        "dist.all_gather_object(x, y)", "torch.distributed.broadcast_object_list(x)", "tempfile.mktemp()",
+        "tar.extractall(x)", "tar.extract(x)", "shutil.unpack_archive(x)", "torch.jit.load(x)", "os.popen(x)",
+    ],
+)  # fmt: skip
+def test_what_runs_code_is_recognised(code: str) -> None:
+    assert forbidden(ast.parse(code))
 
 
 @pytest.mark.parametrize("name", ["fastrex", "fastrex.cli", "fastrex.config"])

@@ -1,26 +1,27 @@
-"""Run by torchrun: train a few steps and write this rank's state and losses, for test_distributed.py."""
+"""Run as the ranks of a job: train up to a step and write this rank's state, samples and losses, for
+test_distributed.py; with ``--run DIR`` continue from the checkpoint there, if there is one, and save one at the end."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import sys
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
 from fastrex import config as c
-from fastrex import distributed, objectives, schedule
+from fastrex import distributed, objectives, resume, schedule
 from fastrex.data.dataset import open_dataset
 from fastrex.data.loader import Batch
 from fastrex.step import Trainer
 
 
-def main(out: Path, dtype: str, steps: int, settings: list[str], nudge: float) -> None:
+def main(out: Path, dtype: str, steps: int, settings: list[str], nudge: float, run: Path | None) -> None:
     torch.set_default_dtype(getattr(torch, dtype))
     config = objectives.resolve(c.load("demo", settings))
-    losses, samples = [], []
+    losses, norms, samples = [], [], []
     with distributed.world("cpu") as world:
         data = open_dataset(config, world)
         trainer = Trainer(config, len(data.classes), world)
@@ -33,7 +34,10 @@ def main(out: Path, dtype: str, steps: int, settings: list[str], nudge: float) -
         results = trainer.evaluate(data.index) if dtype == "float32" and data.index is not None else {}
         plan = schedule.from_config(config.optim, data.steps_per_epoch)
         micros: list[Batch] = []
-        with data.batches(0, steps, world) as loader:
+        start, lines = 0, list[str]()
+        if run is not None:
+            start, lines = resume.restore(trainer, data, run, allow_world_size_change=True)
+        with data.batches(start, steps, world) as loader:
             for batch in loader:
                 crops = tuple(crop.to(getattr(torch, dtype)) for crop in batch.crops)
                 micros.append(Batch(**{**vars(batch), "crops": crops}))
@@ -41,14 +45,25 @@ def main(out: Path, dtype: str, steps: int, settings: list[str], nudge: float) -
                 if batch.last_micro:
                     values = trainer.step(batch.step, micros, plan.lr(batch.step + 1))
                     losses.append(float(distributed.sum_(values["loss"].clone(), world)) / world.size)
+                    norms.append(float(values["grad_norm"]))
                     micros = []
+        if run is not None:
+            resume.Saving(trainer, data, run, lines.append).save(steps, last=True)
         parts = {f"{stem}/{n}": t.contiguous().clone() for stem, ts in trainer.parts().items() for n, t in ts.items()}
         safetensors.torch.save_file(parts, out / f"rank{world.rank}.safetensors")
         (out / f"rank{world.rank}.json").write_text(
-            json.dumps({"losses": losses, "samples": samples, "eval": results}), encoding="utf-8"
+            json.dumps({"losses": losses, "norms": norms, "samples": samples, "eval": results, "lines": lines}),
+            encoding="utf-8",
         )
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[5:], float(sys.argv[4]))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("dtype")
+    parser.add_argument("steps", type=int)
+    parser.add_argument("nudge", type=float)
+    parser.add_argument("settings", nargs="*")
+    parser.add_argument("--run", type=Path)
+    main(**vars(parser.parse_args()))
     os._exit(0)  # see fastrex.cli._leave

@@ -20,8 +20,9 @@ import numpy as np
 
 from ..distributed import own_cores
 from ..errors import FastrexError
+from ..untrusted import OPEN_FLAGS
 from . import codec, dali
-from .headers import OPEN_FLAGS, examine
+from .headers import examine
 from .index import Index, Progress, Status
 from .reader import BadSample, Bytes, Reader, Rows, read_bytes
 from .scan import REASONS, quoted

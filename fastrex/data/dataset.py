@@ -93,17 +93,8 @@ def open_dataset(config: Config, world: World, stored: Path | None = None) -> Da
     Raises:
         FastrexError: no path, an unusable folder, or a batch that the ranks or the images cannot fill.
     """
-    batch, parts = config.optim.batch_size, world.size * config.optim.accumulate
-    if batch % parts:
-        raise FastrexError(
-            f"train: optim.batch_size must be a multiple of ranks x optim.accumulate = {parts}, got {batch}; "
-            f"set optim.batch_size={max(1, batch // parts) * parts}"
-        )
-    if batch // config.optim.accumulate < 2:
-        raise FastrexError(
-            f"train: optim.batch_size / optim.accumulate must be at least 2 for BatchNorm, got {batch} / "
-            f"{config.optim.accumulate}; set a larger optim.batch_size"
-        )
+    check_batch(config, world)
+    batch = config.optim.batch_size
     if config.data.path == SYNTHETIC:
         counts = np.full(SYNTHETIC_CLASSES, SYNTHETIC_IMAGES // SYNTHETIC_CLASSES)
         names = tuple(f"class-{c:04d}" for c in range(SYNTHETIC_CLASSES))
@@ -132,6 +123,21 @@ def open_dataset(config: Config, world: World, stored: Path | None = None) -> Da
     return Dataset(
         config, index.classes, counts, plan.steps_per_epoch, index.fingerprint, len(held_out), index, plan, notices
     )
+
+
+def check_batch(config: Config, world: World) -> None:
+    """Refuse a batch that the ranks cannot share, or that is too small for BatchNorm."""
+    batch, parts = config.optim.batch_size, world.size * config.optim.accumulate
+    if batch % parts:
+        raise FastrexError(
+            f"train: optim.batch_size must be a multiple of ranks x optim.accumulate = {parts}, got {batch}; "
+            f"set optim.batch_size={max(1, batch // parts) * parts}"
+        )
+    if batch // config.optim.accumulate < 2:
+        raise FastrexError(
+            f"train: optim.batch_size / optim.accumulate must be at least 2 for BatchNorm, got {batch} / "
+            f"{config.optim.accumulate}; set a larger optim.batch_size"
+        )
 
 
 def open_index(config: Config, world: World, stored: Path | None = None) -> Index:

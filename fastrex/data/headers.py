@@ -7,6 +7,7 @@ Pillow's and only the time differs.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import stat
@@ -20,9 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..untrusted import OPEN_FLAGS
 from .scan import PIXEL_LIMIT, Listing, Progress, Status, in_order
 
 FORMATS = frozenset(["JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000"])
+# Pillow's rarer readers never see a file; these know what people take for an image that the decoder reads.
+READERS = (*sorted(FORMATS), "GIF", "AVIF", "ICO")
 # Not of JPEG 2000: damage in the middle kills the decoder, so such files are decoded here.
 END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 EXIF_ORIENTATION, SAMPLES_PER_PIXEL = 0x0112, 0x0115
@@ -30,8 +34,6 @@ EXIF_SIZES = (0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8)  # bytes of a value, by its
 HEADS = (4096, 1 << 16)
 TAIL, PIECE = 16, 1 << 20
 CHUNK = 64
-# Opening a pipe to read would wait for a writer.
-OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
@@ -302,7 +304,7 @@ def _examine_by_pillow(handle: int, first: int, size: int) -> Shape:
     """:func:`examine` for any format. Whatever a damaged file makes Pillow raise is a status here."""
     file = io.BufferedReader(_Window(handle, first, size))
     try:
-        image = Image.open(file)
+        image = Image.open(file, formats=_readers())
         known = image.format in FORMATS and not _misread(image)
     except Image.DecompressionBombError:
         return 0, 0, Status.TOO_LARGE
@@ -330,6 +332,13 @@ def _examine_by_pillow(handle: int, first: int, size: int) -> Shape:
     except Exception:
         whole = False
     return height, width, Status.OK if whole else Status.TRUNCATED
+
+
+@functools.cache
+def _readers() -> list[str]:
+    """Those of ``READERS`` that this Pillow has."""
+    Image.init()
+    return [name for name in READERS if name in Image.OPEN]
 
 
 def _misread(image: Image.Image) -> bool:

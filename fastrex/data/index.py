@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import json
 import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import FastrexError
+from . import columns as stored_columns
 from .headers import probe
-from .scan import LAYOUT_HELP, REASONS, Progress, Status, case_clashes, quoted
+from .scan import LAYOUT_HELP, PIXEL_LIMIT, REASONS, Progress, Status, case_clashes, quoted
 from .sources import find_source
 
 __all__ = ["Index", "Progress", "Status", "build", "cache_dir", "default_path", "load", "open_or_build", "save"]
@@ -39,6 +39,7 @@ COLUMNS = {
 }
 PLACES = {"shard": np.int32, "first": np.int64}
 META = ("layout", "classes", "skipped", "ignored", "notices", "shards", "stamp")
+LAYOUTS = ("single", "train+val", "train+test")
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +151,8 @@ def default_path(root: str | Path) -> Path:
     for path in inside:
         folder = path.parent
         writable = os.access(folder if folder.exists() else folder.parent, os.W_OK | os.X_OK)
-        if writable and (folder.is_dir() or not folder.exists()):
+        # Not through a link: it may come with somebody else's data, and lead anywhere.
+        if writable and not folder.is_symlink() and (folder.is_dir() or not folder.exists()):
             return path
     return cached
 
@@ -199,42 +201,43 @@ def build(
         raise ValueError(f'build: empty_classes must be "error" or "skip", got {empty_classes!r}')
     source = find_source(root)
     place, stamp = _place(root), source.stamp
-    files = source.listing(threads)
-    if not files.paths:
-        fact = f"no image in any {'shard' if files.shards else 'class folder'}, {files.ignored} other files"
-        hint = (
-            "; tar shards must not stand beside folders" if list(source.root.glob("*.tar")) and not files.shards else ""
-        )
+    listed = source.listing(threads)
+    if not listed.paths:
+        fact = f"no image in any {'shard' if listed.shards else 'class folder'}, {listed.ignored} other files"
+        beside = list(source.root.glob("*.tar")) and not listed.shards
+        hint = "; tar shards must not stand beside folders" if beside else ""
         raise FastrexError(f"{place}: {fact}; {LAYOUT_HELP}{hint}")
     # Before the scan, which may take minutes, what needs no file opened.
     if empty_classes == "error":
-        named = np.bincount(files.labels[files.splits == 0], minlength=len(files.classes)) > 0
-        _refuse_empty(place, [name for name, there in zip(files.classes, named, strict=True) if not there])
-    probed = probe(files, threads, progress)
+        named = np.bincount(listed.labels[listed.splits == 0], minlength=len(listed.classes)) > 0
+        _refuse_empty(place, [name for name, there in zip(listed.classes, named, strict=True) if not there])
+    probed = probe(listed, threads, progress)
     columns: dict[str, NDArray[Any]] = {
-        "labels": files.labels,
+        "labels": listed.labels,
         "heights": probed[:, 1],
         "widths": probed[:, 2],
         "sizes": probed[:, 0],
         "status": probed[:, 3],
-        "split": files.splits,
-        "split_key": np.frombuffer(b"".join(hashlib.blake2b(k, digest_size=4).digest() for k in files.hashed()), "<u4"),
-        "offsets": np.concatenate(([0], np.cumsum([len(path) for path in files.paths]))),
-        "shard": files.shard,
-        "first": files.first,
+        "split": listed.splits,
+        "split_key": np.frombuffer(
+            b"".join(hashlib.blake2b(k, digest_size=4).digest() for k in listed.hashed()), "<u4"
+        ),
+        "offsets": np.concatenate(([0], np.cumsum([len(path) for path in listed.paths]))),
+        "shard": listed.shard,
+        "first": listed.first,
     }
     meta = {
         "root": str(source.root),
-        "layout": files.layout,
-        "classes": files.classes,
+        "layout": listed.layout,
+        "classes": listed.classes,
         "skipped": (),
-        "ignored": files.ignored,
-        "notices": files.notices,
-        "shards": files.shards,
+        "ignored": listed.ignored,
+        "notices": listed.notices,
+        "shards": listed.shards,
         "stamp": stamp,
     }
-    kinds = COLUMNS | PLACES if files.shards else COLUMNS
-    index = _assemble(meta, b"".join(files.paths), {name: columns[name].astype(kinds[name]) for name in kinds})
+    kinds = COLUMNS | PLACES if listed.shards else COLUMNS
+    index = _assemble(meta, b"".join(listed.paths), {name: columns[name].astype(kinds[name]) for name in kinds})
     index = _without_empty(place, index, empty_classes)
     return dataclasses.replace(index, notices=(*index.notices, *case_clashes(index.classes)))
 
@@ -243,19 +246,8 @@ def save(index: Index, path: str | Path) -> None:
     """Write ``index`` to ``path`` (npz, no pickle) by one atomic rename; a failure leaves what was there before."""
     path = Path(path)
     meta = {"version": VERSION, "fingerprint": index.fingerprint} | index._meta()
-    arrays: dict[str, Any] = index._columns()
-    arrays |= {"blob": np.frombuffer(index.blob, np.uint8), "meta": np.frombuffer(json.dumps(meta).encode(), np.uint8)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "xb") as file:
-                np.savez(file, **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        stored_columns.write(path, meta, index._columns() | {"blob": np.frombuffer(index.blob, np.uint8)})
     except OSError as error:
         reason = error.strerror or error
         way_out = "free some space, or set FASTREX_CACHE to a folder that can be written"
@@ -266,23 +258,33 @@ def load(path: str | Path) -> Index:
     """Read what :func:`save` wrote, checked against its fingerprint. FastrexError if missing, damaged or of another
     version."""
     name, way_out = repr(str(path)), "run `fastrex data index PATH` again"
-    try:
-        # numpy leaves a file that it opened itself open when the archive is damaged.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            arrays = dict(stored)
-        meta = json.loads(arrays.pop("meta").tobytes())
+
+    def kinds(meta: dict[str, Any]) -> dict[str, Any]:
         if meta["version"] != VERSION:
-            raise FastrexError(f"{name}: index format {meta['version']}, this fastrex reads {VERSION}; {way_out}")
-        index = _assemble(meta, arrays.pop("blob").tobytes(), arrays)
+            raise FastrexError(f"{name}: index format {meta['version']!r:.20}, this fastrex reads {VERSION}; {way_out}")
+        _check_meta(meta)
+        return COLUMNS | (PLACES if meta["shards"] else {}) | {"blob": np.uint8}
+
+    try:
+        meta, columns = stored_columns.read(path, kinds)
+        index = _assemble(meta, columns.pop("blob").tobytes(), columns)
         if index.fingerprint != meta["fingerprint"]:
             raise ValueError("fingerprint")
     except FastrexError:
         raise
     except FileNotFoundError as error:
         raise FastrexError(f"{name}: no index here; {way_out}") from error
-    except Exception as error:  # a damaged archive makes numpy and zipfile raise nearly anything
+    except Exception as error:  # a damaged archive makes zipfile raise nearly anything
         raise FastrexError(f"{name}: damaged index ({type(error).__name__}); {way_out}") from error
     return index
+
+
+def _check_meta(meta: dict[str, Any]) -> None:
+    texts, lists = ("root", "layout", "stamp", "fingerprint"), ("classes", "skipped", "notices", "shards")
+    good = all(isinstance(meta[key], str) for key in texts) and type(meta["ignored"]) is int
+    good &= all(isinstance(meta[key], list) and all(isinstance(v, str) for v in meta[key]) for key in lists)
+    if not good or meta["layout"] not in LAYOUTS or "\0" in meta["root"]:
+        raise ValueError("index: what it says of itself must be words and lists of words")
 
 
 def _without_empty(place: str, index: Index, empty_classes: str) -> Index:
@@ -338,6 +340,11 @@ def _assemble(meta: dict[str, Any], blob: bytes, columns: dict[str, Any]) -> Ind
         raise ValueError("index: offsets must rise from 0 to the length of the paths")
     if labels.min() < 0 or labels.max() >= len(meta["classes"]) or columns["status"].max() > max(Status):
         raise ValueError("index: labels must name a class and status a reason")
+    heights, widths, good = columns["heights"], columns["widths"], columns["status"] == Status.OK
+    pixels = heights.astype(np.int64) * widths
+    shaped = min(heights.min(), widths.min()) >= 0 and not (good & ((pixels < 1) | (pixels > PIXEL_LIMIT))).any()
+    if not shaped or columns["sizes"].min() < 0 or columns["split"].max() > 1:
+        raise ValueError("index: good images must have a shape that may be decoded, all of them a size and a split")
     _refuse_outside(blob, offsets, shards)
     empty = {name: np.empty(0, dtype) for name, dtype in PLACES.items()}
     return Index(

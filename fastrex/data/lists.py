@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from .. import untrusted
 from ..errors import FastrexError
 from .scan import SPLITS, Listing, arrange, label_text, name_splits
 
@@ -68,7 +68,7 @@ def _read(source: FileList) -> Listing:
     except _Refused as error:
         raise FastrexError(f"{name}, {error}; correct the list") from error
     if not rows:
-        raise FastrexError(f"{name}: the list names no image")
+        raise FastrexError(f"{name}: the list names no image; it must have a line for each")
     return _arranged(source, name, rows, lines - len(rows))
 
 
@@ -138,8 +138,8 @@ def _objects(file: IO[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(_lines(file), 1):
         if line.strip():
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                record = untrusted.parse_json(line)
+            except ValueError as error:
                 raise _Refused(f"line {number}: no JSON ({error})") from error
             if not isinstance(record, dict):
                 raise _Refused(f'line {number}: expected {{"path": ..., "label": ...}}')

@@ -33,6 +33,9 @@ SOLARIZE_OFF = 256
 # ORDER indexes this tuple; entry j is the op applied as j-th: 0 brightness, 1 contrast, 2 saturation, 3 hue.
 ORDERS = tuple(itertools.permutations(range(4)))
 
+# To be raised when the same (seed, epoch, step) gives other samples, boxes or draws: a run is not resumed across that.
+VERSION = 1
+
 TRIES = 10  # as torchvision
 KEPT_ORDERS = 256  # of a class, for the replacement of bad images
 SWITCH_BLOCK, FACTOR_BLOCK, FILTER_BLOCK = TRIES, TRIES + 1, TRIES + 2

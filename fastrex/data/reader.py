@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import FastrexError
+from ..untrusted import OPEN_FLAGS
 from . import codec
-from .headers import OPEN_FLAGS
 from .index import Index
 
 Bytes = NDArray[np.uint8]
@@ -53,8 +53,10 @@ def read_bytes(index: Index, row: int, shards: Shards | None = None) -> Bytes:
     try:
         file = shards.file(path) if shards is not None and not whole else _File(path)
         try:
-            size = os.fstat(file.handle).st_size if whole else length
-            content = file.read(first, length) if size == length else np.empty(0, np.uint8)
+            # Nothing is allocated for what an index only claims.
+            there = file.size == length if whole else first + length <= file.size
+            content = file.read(first, length) if there else np.empty(0, np.uint8)
+            size = file.size if whole else max(0, min(length, file.size - first))
         finally:
             if whole:  # now, not with the traceback of an error that somebody keeps
                 file.close()
@@ -65,7 +67,7 @@ def read_bytes(index: Index, row: int, shards: Shards | None = None) -> Bytes:
             raise FastrexError(f"{os.path.join(index.root, index.name(row))!r} {reason}; {way_out}") from error
         raise BadSample(index.name(row), reason, index.root) from error
     if len(content) != length:
-        fact = f"has {size if whole else len(content)} bytes, but had {length} when it was indexed"
+        fact = f"has {size} bytes, but had {length} when it was indexed"
         raise BadSample(index.name(row), fact, index.root)
     return content
 
@@ -88,6 +90,7 @@ class _File:
     def __init__(self, path: str) -> None:
         self.handle = -1
         self.handle = os.open(path, OPEN_FLAGS)
+        self.size = os.fstat(self.handle).st_size
 
     def __del__(self) -> None:
         self.close()

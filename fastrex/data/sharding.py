@@ -11,7 +11,6 @@ import fcntl
 import itertools
 import json
 import os
-import secrets
 import tarfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -23,11 +22,14 @@ from typing import IO
 
 import numpy as np
 
+from .. import files, untrusted
 from ..errors import FastrexError
 from .index import Index, open_or_build
+from .reader import BadSample, read_bytes
 from .scan import SUFFIXES, Progress, Status, plain_suffix
 
 RECORD = Path(".fastrex") / "shards.json"
+RECORD_LIMIT = 1 << 16
 MAGIC = {
     b"\xff\xd8": b".jpg",
     b"\x89PNG": b".png",
@@ -90,7 +92,7 @@ def shard(
             plan = _plan(index, rows.tolist(), in_splits, max_bytes, seed)
             _write_all(index, partial, plan, threads or 4, progress)
             # Names that are not UTF-8 survive as escapes.
-            _write(partial / "classes.json", json.dumps(index.classes, indent=0).encode() + b"\n")
+            files.write_bytes(partial / "classes.json", json.dumps(index.classes, indent=0).encode() + b"\n")
             os.rename(partial, target)
     except OSError as error:
         reason = error.strerror or error
@@ -115,10 +117,10 @@ def _partial(target: Path, options: dict[str, object]) -> Iterator[Path]:
     partial = target.with_name(f".{target.name}.partial")
     record = json.dumps({"format": 1, **options}, sort_keys=True).encode() + b"\n"
     try:
-        known = (partial / RECORD).read_bytes()
+        known = untrusted.read(partial / RECORD, RECORD_LIMIT)
     except FileNotFoundError:
         (partial / RECORD.parent).mkdir(parents=True, exist_ok=True)
-        _write(partial / RECORD, record)
+        files.write_bytes(partial / RECORD, record)
     else:
         if known != record:
             fact = f"{str(partial)!r} was left by a run that wrote other images or used other options"
@@ -128,7 +130,8 @@ def _partial(target: Path, options: dict[str, object]) -> Iterator[Path]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise FastrexError(f"another process is writing {str(target)!r}; wait for it") from error
-        for orphan in partial.glob("*.tmp"):
+        # What a killed run left of a file that it was writing.
+        for orphan in partial.glob(".*.*"):
             orphan.unlink()
         yield partial
 
@@ -205,19 +208,12 @@ def _write_all(
         if (folder / name).exists():  # by an earlier run; whole, because it was renamed
             count(len(plan[name]))
             return
-        temporary = folder / f"{name}.{secrets.token_hex(4)}.tmp"
-        try:
-            with open(temporary, "xb", buffering=PIECE) as file:
-                for start in range(0, len(plan[name]), STEP):
-                    for row, member in plan[name][start : start + STEP]:
-                        _append(file, index, row, member)
-                    count(min(STEP, len(plan[name]) - start))
-                file.write(bytes(2 * BLOCK))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with files.replacing(folder / name) as temporary, open(temporary, "xb", buffering=PIECE) as file:
+            for start in range(0, len(plan[name]), STEP):
+                for row, member in plan[name][start : start + STEP]:
+                    _append(file, index, row, member)
+                count(min(STEP, len(plan[name]) - start))
+            file.write(bytes(2 * BLOCK))
 
     with ThreadPoolExecutor(threads) as pool:
         try:
@@ -234,30 +230,12 @@ def _append(file: IO[bytes], index: Index, row: int, member: bytes) -> None:
     file.write(_header(os.path.splitext(member)[0] + b".cls", len(label)))
     file.write(label.ljust(BLOCK, b"\0"))
     file.write(_header(member, int(index.sizes[row])))
-    for piece in _pieces(index, row):
-        file.write(piece)
-    file.write(bytes(-int(index.sizes[row]) % BLOCK))
-
-
-def _pieces(index: Index, row: int) -> Iterator[bytes]:
-    path, first, left = index.locate(row)
     try:
-        with open(path, "rb", buffering=0) as image:
-            if first == 0 and os.fstat(image.fileno()).st_size != left:
-                raise _changed(index, row)
-            image.seek(first)
-            while left and (piece := image.read(min(left, PIECE))):
-                left -= len(piece)
-                yield piece
-    except OSError as error:
-        raise FastrexError(f"cannot read {index.name(row)!r} ({error.strerror}); index the source again") from error
-    if left:
-        raise _changed(index, row)
-
-
-def _changed(index: Index, row: int) -> FastrexError:
-    way_out = "run `fastrex data index` on the source and remove the folder .NAME.partial beside the one asked for"
-    return FastrexError(f"{index.name(row)!r} has another size than when it was indexed; {way_out}")
+        file.write(read_bytes(index, row).data)
+    except BadSample as error:
+        way_out = "index the source again, and remove the folder .NAME.partial beside the one asked for"
+        raise FastrexError(f"{error.name!r} {error.reason}; {way_out}") from error
+    file.write(bytes(-int(index.sizes[row]) % BLOCK))
 
 
 def _header(name: bytes, size: int) -> bytes:
@@ -265,12 +243,3 @@ def _header(name: bytes, size: int) -> bytes:
     member = tarfile.TarInfo(os.fsdecode(name))
     member.size = size
     return member.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -8,7 +8,6 @@ belongs to train or val by its folder, or by that word in its name.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .. import untrusted
 from ..errors import FastrexError
 from .scan import (
     SPLITS,
@@ -36,7 +36,8 @@ from .scan import (
 from .tars import Member, read_members
 
 TABLES = ("classes.json", "classes.txt")
-TABLE_LIMIT = 1 << 26
+TABLE_LIMIT = 1 << 26  # bytes of the table of classes, and values in it
+TABLE_ITEMS = 1 << 21
 LABEL_LIMIT = 1 << 16
 LABELS = (b"cls", b"json")
 JSON_LABELS = ("label", "cls", "class")
@@ -244,13 +245,13 @@ def _label(place: str, key: bytes, member: Member, table: _Table | None) -> str:
         if _kind(member.name) == b"cls":
             label = label_text(text)
         else:
-            record = json.loads(text)
+            record = untrusted.parse_json(text)
             given = [record[name] for name in JSON_LABELS if name in record] if isinstance(record, dict) else []
             if not given:
                 raise ValueError(f"its .json has none of the keys {', '.join(JSON_LABELS)}")
             label = label_text(given[0])
         return label if table is None else table.named(label)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise FastrexError(f"{place}, sample {os.fsdecode(key)!r}: {error}; correct the label") from error
 
 
@@ -262,12 +263,11 @@ def _stat(path: Path) -> os.stat_result:
 
 
 def _table_bytes(path: Path) -> bytes:
-    if _stat(path).st_size > TABLE_LIMIT:
-        raise FastrexError(f"{str(path)!r}: larger than {TABLE_LIMIT} bytes; expected the names of the classes")
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise FastrexError(f"cannot read {str(path)!r} ({error.strerror}); make it readable, or remove it") from error
+        return untrusted.read(path, TABLE_LIMIT)
+    except (OSError, ValueError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise FastrexError(f"cannot read {str(path)!r} ({reason}); make it readable, or remove it") from error
 
 
 def _table(root: Path) -> _Table | None:
@@ -277,7 +277,10 @@ def _table(root: Path) -> _Table | None:
         if path.is_file():
             try:
                 text = _table_bytes(path).decode("utf-8", "surrogateescape").removeprefix("\ufeff")
-                names = json.loads(text) if table.endswith("json") else text.rstrip("\r\n").split("\n")
+                if table.endswith("json"):
+                    names = untrusted.parse_json(text, items=TABLE_ITEMS)
+                else:
+                    names = text.rstrip("\r\n").split("\n")
                 if isinstance(names, dict) and sorted(names.values()) == list(range(len(names))):
                     names = sorted(names, key=names.__getitem__)
                 if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -285,7 +288,7 @@ def _table(root: Path) -> _Table | None:
                 names = names if table.endswith("json") else [name.rstrip("\r") for name in names]
                 if len(set(names)) < len(names) or not all(name and "\0" not in name for name in names):
                     raise ValueError("a name stands in it twice, is empty or holds a NUL")
-            except (ValueError, TypeError, RecursionError) as error:
+            except (ValueError, TypeError) as error:
                 raise FastrexError(f"{str(path)!r}: {error}; correct the table of the classes") from error
             return _Table(names)
     return None

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Protocol
 
+from ..errors import FastrexError, explain
 from .lists import SUFFIXES, find_list
 from .scan import Listing, find_layout
 from .shards import find_shards
@@ -25,14 +26,20 @@ class Source(Protocol):
 
 def find_source(path: str | Path) -> Source:
     """The source at ``path``; FastrexError where there is none."""
-    path = Path(os.path.abspath(Path(path).expanduser()))
-    if path.is_dir():
-        return find_shards(path) or find_layout(path)
-    suffix = path.suffix.lower()
-    if path.is_file() and suffix in SUFFIXES:
-        return find_list(path)
+    try:
+        place = Path(os.path.abspath(Path(path).expanduser()))
+        place.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # said below, with what may be given
+    except OSError as error:
+        raise FastrexError(explain(error)) from None
+    except (ValueError, RuntimeError) as error:  # a NUL, ~nobody
+        raise FastrexError(f"{str(path)!r}: {error}; give the folder with the images") from None
+    if place.is_dir():
+        return find_shards(place) or find_layout(place)
+    suffix = place.suffix.lower()
+    if place.is_file() and suffix in SUFFIXES:
+        return find_list(place)
     # What is compressed is refused by its first bytes, with a way out.
-    shards = (
-        find_shards(path) if path.is_file() and (suffix in (".tar", ".tgz") or ".tar." in path.name.lower()) else None
-    )
-    return shards or find_layout(path)
+    tar = place.is_file() and (suffix in (".tar", ".tgz") or ".tar." in place.name.lower())
+    return (find_shards(place) if tar else None) or find_layout(place)

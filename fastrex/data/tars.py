@@ -16,6 +16,9 @@ BLOCK = 512
 ZEROS = bytes(BLOCK)
 BUFFER = 1 << 13
 EXTRA_LIMIT = 1 << 20  # bytes of a pax header or of a long name
+NAME_LIMIT = 4096
+SIZE_LIMIT = 1 << 62
+CONTENT_LIMIT = 1 << 28  # bytes of all contents that are asked for
 PACKED = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
@@ -70,7 +73,7 @@ def read_members(path: str, name: str, wanted: Callable[[bytes, int], bool]) -> 
 
 def _walk(file: IO[bytes], end: int, name: str, wanted: Callable[[bytes, int], bool]) -> tuple[list[Member], str]:
     members: list[Member] = []
-    place, long_name, long_size = 0, None, None
+    place, long_name, long_size, held = 0, None, None, 0
     try:
         while True:
             file.seek(place)
@@ -98,11 +101,14 @@ def _walk(file: IO[bytes], end: int, name: str, wanted: Callable[[bytes, int], b
             if kind == b"S":
                 raise _sparse(name)
             size = size if long_size is None else long_size
-            if size < 0:
+            if not 0 <= size < SIZE_LIMIT:
                 raise _Damaged
             member_name = _name(head) if long_name is None else long_name
             if b"\0" in member_name:
                 raise FastrexError(f"{name}: the name {os.fsdecode(member_name)!r} holds a NUL; write this shard again")
+            if len(member_name) > NAME_LIMIT:
+                fact = f"the name {os.fsdecode(member_name[:80])!r}.. is longer than {NAME_LIMIT} bytes"
+                raise FastrexError(f"{name}: {fact}; write this shard again")
             long_name = long_size = None
             place = data if kind in WITHOUT_DATA else data + _padded(size)
             if kind in LINKS:
@@ -110,6 +116,10 @@ def _walk(file: IO[bytes], end: int, name: str, wanted: Callable[[bytes, int], b
             elif kind in REGULAR:
                 whole = data + size <= end
                 content = file.read(size) if whole and wanted(member_name, size) else b""
+                held += len(content)
+                if held > CONTENT_LIMIT:
+                    fact = f"its labels take more than {CONTENT_LIMIT} bytes"
+                    raise FastrexError(f"{name}: {fact}; write them shorter, or more shards")
                 members.append(Member(member_name, data, size, whole, content=content))
             if kind not in WITHOUT_DATA and data + size > end:
                 return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import OBJECTIVE, Config
 from ..errors import UsageError
@@ -11,6 +11,9 @@ from ..settings import build, nearest
 from .base import Objective
 from .class_means import ClassMeans
 from .cosine_softmax import CosineSoftmax
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 OBJECTIVES: tuple[type[Objective], ...] = (CosineSoftmax, ClassMeans)
 
@@ -47,7 +50,8 @@ def option_help(config: Config) -> dict[str, str]:
     return {f.name: f.metadata["help"] for f in dataclasses.fields(lookup(config.objective.name).Options)}
 
 
-def make(config: Config, in_features: int, num_classes: int) -> Objective:
-    """Build the objective that the configuration names, on the CPU, seeded by ``run.seed``."""
+def make(config: Config, in_features: int, num_classes: int, group: ProcessGroup | None = None) -> Objective:
+    """Build the objective that the configuration names, on the CPU, seeded by ``run.seed``, for the ranks of
+    ``group``."""
     kind = lookup(config.objective.name)
-    return kind(in_features, num_classes, options_of(config), seed=config.run.seed)
+    return kind(in_features, num_classes, options_of(config), seed=config.run.seed, group=group)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Objective(nn.Module, ABC):
@@ -13,15 +17,23 @@ class Objective(nn.Module, ABC):
 
     The loop calls :meth:`forward`, then :meth:`update_` with the momentum encoder's features of the same step, so that
     a batch never meets its own entries in the bank.
+
+    Attributes:
+        split: names of the parameters of which a rank holds and trains its own rows only. Their gradients come out of
+            the backward as the averages over the ranks that all other gradients still have to become.
     """
 
     name: ClassVar[str]
     needs_ema: ClassVar[bool]
     Options: ClassVar[type[Any]]
+    split: frozenset[str]
 
-    def __init__(self, in_features: int, num_classes: int, options: Any, *, seed: int) -> None:
+    def __init__(
+        self, in_features: int, num_classes: int, options: Any, *, seed: int, group: ProcessGroup | None = None
+    ) -> None:
         super().__init__()
         self.in_features, self.num_classes, self.options = in_features, num_classes, options
+        self.split = frozenset()
 
     @abstractmethod
     def forward(self, features: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -34,6 +46,24 @@ class Objective(nn.Module, ABC):
     def predict(self, features: Tensor) -> Tensor | None:
         """Class scores [B, C] of projected features [B, D], or None when the objective has no classifier."""
         return None
+
+    def classifier(self) -> Callable[[Tensor], Tensor | None]:
+        """:meth:`predict` as the state stands now, for one rank to call as often as it likes; to be asked for by all
+        ranks together."""
+        return self.predict
+
+    def join(self, rows: Tensor) -> Tensor:
+        """What all ranks have of a tensor like those named in ``split``: all rows, on the host of every rank. To be
+        called by all ranks together."""
+        return rows
+
+    def own(self, full: Tensor) -> Tensor:
+        """This rank's rows of what :meth:`join` gave to any number of ranks.
+
+        Raises:
+            FastrexError: it has another number of rows.
+        """
+        return full
 
     def notices(self, class_counts: Any) -> list[str]:
         """Lines for the log at the start, from the number of training images per class."""

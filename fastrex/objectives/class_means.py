@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from fastrex_kernels import OnlineClassMeans
 
 from ..settings import setting
 from .base import Objective, hit_metrics
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,16 @@ class ClassMeans(Objective):
     needs_ema: ClassVar[bool] = True
     Options: ClassVar[type[Any]] = ClassMeansOptions
 
-    def __init__(self, in_features: int, num_classes: int, options: ClassMeansOptions, *, seed: int) -> None:
-        super().__init__(in_features, num_classes, options, seed=seed)
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        options: ClassMeansOptions,
+        *,
+        seed: int,
+        group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(in_features, num_classes, options, seed=seed, group=group)
         # No process group: the loop gathers the features of all ranks itself, with those of its micro-batches.
         self.means = OnlineClassMeans(
             in_features, num_classes, options.bank_size, temperature=options.temperature, reduction="none", seed=seed

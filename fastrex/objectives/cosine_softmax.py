@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from fastrex_kernels import CosineHead
 
+from ..errors import FastrexError
 from ..settings import setting
 from .base import Objective, hit_metrics
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -19,22 +25,50 @@ class CosineSoftmaxOptions:
     """Section ``[objective]`` with ``name = "cosine_softmax"``."""
 
     temperature: float = setting(0.1, "temperature of the cosine logits", low=1e-4)
+    sharded: bool = setting(
+        False, "class weights split over the ranks (millions of classes): each rank holds and trains its block"
+    )
 
 
 class CosineSoftmax(Objective):
     """``cross_entropy(normalize(features) @ normalize(weight).T / temperature, target)``, no bias.
 
-    The weight [C, D] is initialised as torch's ``nn.Linear`` is: uniform in +-1/sqrt(D).
+    The weight [C, D] is initialised as torch's ``nn.Linear`` is: uniform in +-1/sqrt(D). With ``sharded`` a rank holds
+    the weights, gradients and momentum of C / ranks classes; the loss and its gradients are those of all C. A
+    checkpoint joins them on every rank's host, an evaluation on every rank's device: 4 C D bytes (and as many for the
+    momentum in a checkpoint).
     """
 
     name: ClassVar[str] = "cosine_softmax"
     needs_ema: ClassVar[bool] = False
     Options: ClassVar[type[Any]] = CosineSoftmaxOptions
 
-    def __init__(self, in_features: int, num_classes: int, options: CosineSoftmaxOptions, *, seed: int) -> None:
-        super().__init__(in_features, num_classes, options, seed=seed)
-        self.head = CosineHead(in_features, num_classes, temperature=options.temperature, reduction="none")
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        options: CosineSoftmaxOptions,
+        *,
+        seed: int,
+        group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(in_features, num_classes, options, seed=seed, group=group)
+        ranks = dist.get_world_size(group) if options.sharded and group is not None else 1
+        if num_classes < ranks:
+            raise FastrexError(
+                f"train: objective.sharded=true must have at least one class for each of the {ranks} ranks, got "
+                f"{num_classes} classes; set objective.sharded=false"
+            )
+        self.head = CosineHead(
+            in_features,
+            num_classes,
+            temperature=options.temperature,
+            reduction="none",
+            process_group=group if ranks > 1 else None,
+        )
         self.head.reset_parameters(torch.Generator().manual_seed(seed))
+        if ranks > 1:
+            self.split = frozenset({"head.weight"})
 
     def forward(self, features: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss, stats = self.head(features, target, return_stats=True)
@@ -44,3 +78,30 @@ class CosineSoftmax(Objective):
     def predict(self, features: Tensor) -> Tensor:
         logits: Tensor = self.head.logits(features)
         return logits
+
+    def classifier(self) -> Callable[[Tensor], Tensor | None]:
+        if not self.split:
+            return self.predict
+        # All classes on every rank for once: ranks evaluate different numbers of images, so none can wait for another.
+        whole = CosineHead(self.in_features, self.num_classes, temperature=self.options.temperature, device="meta")
+        whole.weight = nn.Parameter(self.head.full_weight(), requires_grad=False)
+        return whole.logits
+
+    def join(self, rows: Tensor) -> Tensor:
+        return self.head.join(rows, "cpu")
+
+    def own(self, full: Tensor) -> Tensor:
+        if len(full) != self.num_classes:
+            raise FastrexError(
+                f"resume: the class weights must be those of {self.num_classes} classes, got {len(full)}; the "
+                "checkpoint belongs to another configuration"
+            )
+        return self.head.own(full)
+
+    def notices(self, class_counts: Any) -> list[str]:
+        if not self.split:
+            return []
+        group = self.head.process_group
+        assert group is not None
+        fewest = self.num_classes // dist.get_world_size(group)
+        return [f"class weights are split over {dist.get_world_size(group)} ranks: {fewest} classes each, or one more"]

@@ -6,12 +6,13 @@ this installation has for the tensors' device.
 
 from ._op import backend
 from .augment import augment
+from .bank import OnlineClassMeans
 from .batch_norm_act import batch_norm_act
 from .class_means import bank_update_, class_means
 from .conv2d import conv2d
 from .cosine_ce import Stats, cosine_cross_entropy
 from .crop_resize import crop_resize
-from .modules import CosineCrossEntropyLoss, CosineHead, OnlineClassMeans
+from .modules import CosineCrossEntropyLoss, CosineHead
 from .ops import OPS
 from .sgd_ema import sgd_ema_
 

@@ -84,16 +84,15 @@ def exchange(x: Tensor, group: ProcessGroup) -> Tensor:
     return out
 
 
-def join_blocks(weight: Tensor, block: Block) -> Tensor:
-    """The rows of all ranks' blocks [C, D], on every rank; sent block by block, because their sizes differ."""
+def join_blocks(rows: Tensor, block: Block, device: torch.device | str | None = None) -> Tensor:
+    """The rows of all ranks' blocks [C, ...], on every rank; sent block by block, because their sizes differ."""
     ranks, me = dist.get_world_size(block.group), dist.get_rank(block.group)
-    full = weight.new_empty(block.classes, weight.shape[1])
+    full = rows.new_empty(block.classes, *rows.shape[1:], device=device or rows.device)
     for rank in range(ranks):
         first, count = split(block.classes, rank, ranks)
-        part = full[first : first + count]
-        if rank == me:
-            part.copy_(weight)
+        part = rows.contiguous() if rank == me else rows.new_empty(count, *rows.shape[1:])
         dist.broadcast(part, src=dist.get_global_rank(block.group, rank), group=block.group)
+        full[first : first + count] = part
     return full
 
 
@@ -256,8 +255,10 @@ class _ShardedLoss(torch.autograd.Function):
                 rows, weight, labels, temperature, lse, grads, wants_input, wants_weight, plan
             )
         else:
+            # Wide rows, whose gradient is wide: a part rounded to 16 bits before the sum over the blocks would be less
+            # exact than one process, and could overflow where the sum does not.
             grad_input, grad_weight, radial = raw(_PACKAGE, "cosine_ce_backward", plan.impl)(
-                rows, weight, labels, temperature, plan.temperature, None, block.first, block.classes,
+                rows.to(lse.dtype), weight, labels, temperature, plan.temperature, None, block.first, block.classes,
                 plan.ignore_index, plan.label_smoothing, plan.compute, lse, grads, None,
                 wants_input or wants_temperature, wants_weight,  # ``radial`` comes with the gradient of the rows
             )  # fmt: skip
@@ -342,7 +343,7 @@ def _block_backward(
         slope = torch.where(live[:, None], slope, 0.0)
         radial = (slope * logits).sum(1)
         slope = slope * (grads[:, None] / tau).to(kind)
-        grad_input = _through_norm(slope @ w_unit, x, x_unit).to(rows.dtype) if wants_input else None
+        grad_input = _through_norm(slope @ w_unit, x, x_unit) if wants_input else None
         grad_weight = _through_norm(slope.T @ x_unit, w, w_unit).to(weight.dtype) if wants_weight else None
     return grad_input, grad_weight, radial
 

@@ -1,0 +1,66 @@
+"""Arrays of one dimension and a JSON object about them in one file (npz, nothing compressed, no pickle), written whole
+or not at all, and read without belief in what it claims."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import files, untrusted
+from ..stored import StoredZip
+
+META_LIMIT = 1 << 26  # bytes of the object, and values in it: room for the names of a million classes
+META_ITEMS = 1 << 21
+HEADER_LIMIT = 1 << 10
+META = "meta"
+
+
+def write(path: Path, meta: Mapping[str, Any], columns: Mapping[str, NDArray[Any]]) -> None:
+    """Replace the file at ``path``; OSError where that fails, and then it is as it was."""
+    about = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.replacing(path, ".npz") as temporary:
+        np.savez(temporary, allow_pickle=False, **columns, **{META: about})
+
+
+def read(
+    path: str | Path, kinds: Callable[[dict[str, Any]], Mapping[str, Any]]
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """The object, and the columns whose types ``kinds(object)`` gives; the arrays are read-only.
+
+    Nothing is allocated for what the file does not hold. A damaged file makes zipfile raise nearly anything; what is
+    whole and yet no such file is a ValueError.
+    """
+    with untrusted.opened(path) as file:
+        stored = StoredZip(file, os.fstat(file.fileno()).st_size)
+        if stored.entries[f"{META}.npy"].file_size > META_LIMIT:
+            raise ValueError(f"more than {META_LIMIT} bytes of {META}")
+        meta = untrusted.parse_json(_array(stored, META, np.uint8).tobytes().decode("utf-8"), items=META_ITEMS)
+        if not isinstance(meta, dict):
+            raise ValueError(META)
+        wanted = kinds(meta)
+        if stored.entries.keys() != {f"{name}.npy" for name in (*wanted, META)}:
+            raise ValueError("it has other columns")
+        return meta, {name: _array(stored, name, dtype) for name, dtype in wanted.items()}
+
+
+def _array(stored: StoredZip, name: str, dtype: Any) -> NDArray[Any]:
+    """A column as numpy.savez writes it. Its header is compared, not evaluated, and what it claims must be there: numpy
+    would allocate it first."""
+    content = stored.read(f"{name}.npy")
+    length = 10 + int.from_bytes(content[8:10], "little")
+    shape = re.search(rb"\((\d{1,12}),\)", content[10 : min(length, HEADER_LIMIT)])
+    count = int(shape[1]) if shape else -1
+    header = f"{{'descr': {np.dtype(dtype).str!r}, 'fortran_order': False, 'shape': ({count},), }}".encode()
+    if content[:8] != b"\x93NUMPY\x01\x00" or content[10:length].strip() != header:
+        raise ValueError(f"column {name} must be a row of {np.dtype(dtype)}")
+    if len(content) != length + count * np.dtype(dtype).itemsize:
+        raise ValueError(f"column {name} must have {count} values")
+    return np.frombuffer(content, dtype, offset=length)

@@ -1,0 +1,124 @@
+"""Reading small files that somebody else may have written: regular ones of bounded size, JSON and TOML without
+surprises.
+
+Standard library only. What is refused is a ``ValueError`` (the caller knows what the file is for and what the way out
+is), what the system refuses an ``OSError``; nothing else is raised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import stat
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+MAX_DEPTH = 64
+MAX_ITEMS = 1_000_000
+DEEP = f"its values are nested more than {MAX_DEPTH} deep"
+# Opening a pipe to read would wait for a writer.
+OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+
+
+@contextlib.contextmanager
+def opened(path: str | Path, *, follow: bool = True) -> Iterator[IO[bytes]]:
+    """A regular file, to read; never a pipe or a device, which could keep its reader waiting for ever.
+
+    follow: also through a link in the last part of the path.
+    """
+    handle = os.open(path, OPEN_FLAGS | (0 if follow else os.O_NOFOLLOW))
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        raise (
+            IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if stat.S_ISDIR(mode)
+            else ValueError("it is no regular file")
+        )
+    with open(handle, "rb") as file:
+        yield file
+
+
+def read(path: str | Path, limit: int, *, follow: bool = True) -> bytes:
+    """All of a regular file of at most ``limit`` bytes."""
+    with opened(path, follow=follow) as file:
+        if os.fstat(file.fileno()).st_size <= limit:
+            content = file.read(limit + 1)
+            if len(content) <= limit:
+                return content
+    raise ValueError(f"it has more than {limit} bytes")
+
+
+def read_text(path: str | Path, limit: int, *, follow: bool = True) -> str:
+    """A text file in UTF-8 of at most ``limit`` bytes."""
+    return read(path, limit, follow=follow).decode("utf-8")
+
+
+def read_json(path: str | Path, limit: int, *, items: int = MAX_ITEMS, follow: bool = True) -> Any:
+    """The JSON in a file of at most ``limit`` bytes; see :func:`parse_json`."""
+    return parse_json(read_text(path, limit, follow=follow), items=items)
+
+
+def parse_json(text: str, *, items: int = MAX_ITEMS) -> Any:
+    """JSON as the standard has it: no NaN, no infinity, no name twice in an object; whole numbers of 64 bits, at most
+    ``MAX_DEPTH`` containers inside one another and ``items`` values in all.
+
+    What passes can be compared, printed and converted without further care. Names may hold any character.
+    """
+    # Every value but the first stands behind one of these: the parser's memory is bounded before it begins.
+    if text.count(",") + text.count("[") + text.count("{") > items:
+        raise ValueError(f"it holds more than {items} values")
+    try:
+        content = _DECODER.decode(text)
+    except RecursionError:
+        raise ValueError(DEEP) from None
+    _check(content)
+    return content
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """TOML with the same limits on depth and whole numbers. The caller limits the size: the parser is slow."""
+    try:
+        content = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(DEEP) from None
+    _check(content)
+    return content
+
+
+def _check(content: Any) -> None:
+    level = [content]
+    for _ in range(MAX_DEPTH + 1):
+        if any(isinstance(value, int) and not -(2**63) <= value < 2**63 for value in level):
+            raise ValueError("a number has more than 64 bits")
+        containers = [value for value in level if isinstance(value, dict | list)]
+        if not containers:
+            return
+        level = [inner for value in containers for inner in (value.values() if isinstance(value, dict) else value)]
+    raise ValueError(DEEP)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("an object has the same name twice")
+    return content
+
+
+def _float(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {digits[:24]} is out of range")
+    return number
+
+
+def _constant(word: str) -> float:
+    raise ValueError(f"{word} is no number in JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_float, parse_constant=_constant)
