@@ -369,9 +369,7 @@ def _command(context: click.Context) -> str:
 
 
 @main.command()
-@click.argument(
-    "runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False)
-)
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=PLACE)
 @click.option("--name", required=True, help="Stem of the files.")
 @click.option("--command", default="", help="The command that made the run, to be kept with the figures.")
 @click.option("--out", type=PLACE, default=curve_module.RESULTS, show_default=True)

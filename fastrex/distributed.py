@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from .errors import FastrexError
@@ -135,6 +136,8 @@ def _join(world: World) -> None:
         store, _, _ = next(rendezvous("env://", timeout=datetime.timedelta(seconds=MEETING_S)))
         store.set_timeout(datetime.timedelta(seconds=MEETING_S))
         world.watch.start(store, master, world.local_size < world.size, MEETING_S)
+        # Nothing of an earlier start of the same job is found in it: torchrun keeps the store over a restart.
+        store = PrefixStore(world.watch.job, store)
         options: dict[str, Any] = {"store": store, "rank": world.rank, "world_size": world.size, "timeout": TIMEOUT}
         if world.device.type == "cuda":
             dist.init_process_group("nccl", device_id=world.device, **options)

@@ -110,17 +110,21 @@ def dry_run(
         with report.check():
             check_writers(config)
         data = _data(report, config, world, path / rundir.INDEX if resuming else None)
-        if report.good() and data is not None:
+        if not report.good() or data is None:
+            report.note(NOTE, "model, memory, disk and first batch: not looked at before the above is right")
+        else:
             # Where several ranks build it together, one that cannot must not go on alone.
             with report.check() if world.size == 1 else contextlib.nullcontext():
                 _model(report, config, data, path, resuming, init_from, max_steps, allow_world_size_change)
-        else:
-            report.note(NOTE, "model, memory and disk: not looked at before the above is right")
+            # Last: a batch of crops that no memory holds would be the end of this process.
+            if report.good():
+                with report.check():
+                    _batch(report, data)
         return report.gathered()
 
 
 def _data(report: Report, config: Config, world: World, stored: Path | None) -> Dataset | None:
-    """The data set, and its first batch."""
+    """The data set; None after an error."""
     data: Dataset | None = None
     with report.check():
         check_batch(config, world)
@@ -135,15 +139,18 @@ def _data(report: Report, config: Config, world: World, stored: Path | None) -> 
     report.note(OK, f"images: {config.data.path or 'digits'}: {facts}")
     for line in data.notices:
         report.note(NOTE, line)
-    with report.check():
-        with data.batches(0, 1, world) as loader:
-            sizes = [tuple(crops.shape) for crops in next(iter(loader)).crops]
-            news = list(loader.news)
-        for line in news:
-            report.note(preflight.WARNING, line)
-        shown = ", ".join("x".join(map(str, size)) for size in sizes)
-        report.note(OK, f"first batch: decoded and augmented, crops {shown}")
     return data
+
+
+def _batch(report: Report, data: Dataset) -> None:
+    """The first batch of every rank, as training would get it."""
+    with data.batches(0, 1, report.world) as loader:
+        sizes = [tuple(crops.shape) for crops in next(iter(loader)).crops]
+        news = list(loader.news)
+    for line in news:
+        report.note(preflight.WARNING, line)
+    shown = ", ".join("x".join(map(str, size)) for size in sizes)
+    report.note(OK, f"first batch: decoded and augmented, crops {shown}")
 
 
 def _model(

@@ -15,7 +15,7 @@ from .config import Config
 from .data.index import Index
 from .data.loader import EvalLoader
 from .distributed import World, gather_ragged, sum_
-from .watch import Stopped
+from .verdict import Stopped
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 

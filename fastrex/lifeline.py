@@ -14,13 +14,20 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 MAX_LINE = 8192
 MAX_WAITING = 65536
 WELCOME_S = 10.0
 HELLO_S, STRANGERS = 5.0, 64
 _SIOCGIFADDR = 0x8915
+
+
+class Store(Protocol):
+    """Of torch's stores what the watch needs."""
+
+    def set(self, key: str, value: str) -> object: ...
+    def get(self, key: str) -> bytes: ...
 
 
 class Gone(Exception):

@@ -125,9 +125,9 @@ class Guard(nn.Module):
     """Loss scale and the record of bad numbers, all of it 0-d device tensors.
 
     A loss or feature that is not finite (or, without fp16, a gradient) marks the run as diverged at that step: from
-    then on neither weights nor momentum, EMA or bank change (BatchNorm's running statistics do, in the forward), until
-    the loop reads the mark and stops. With fp16 a gradient that overflows skips the step and halves the scale; as many
-    as ``MAX_SKIPPED`` in a row mark the run as diverged too.
+    then on neither weights nor momentum, EMA, bank or scale change (BatchNorm's running statistics do, in the forward),
+    until the loop reads the mark and stops, before it saves anything. With fp16 a gradient that overflows skips the
+    step and halves the scale; as many as ``MAX_SKIPPED`` in a row mark the run as diverged too.
     """
 
     scale: Tensor

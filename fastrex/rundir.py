@@ -196,7 +196,7 @@ def _owner(text: str) -> str:
     """Who says in the lock's file that it has it."""
     with contextlib.suppress(ValueError, KeyError, TypeError):
         facts = json.loads(text)
-        return one_line(f" (process {int(facts['pid'])} on {str(facts['host'])[:80]})")
+        return f" (process {int(facts['pid'])} on {one_line(str(facts['host'])[:80])})"
     return ""
 
 

@@ -286,8 +286,10 @@ class Trainer:
             for name, tensor in tensors.items()
             if tensor.is_floating_point()
         ]
-        largest = torch.stack(torch._foreach_norm([tensor.detach() for _, tensor in floating], float("inf")))
-        finite = distributed.gather_rows(torch.isfinite(largest)[None].int(), self.world).amin(0).tolist()
+        # The largest value of each: a Euclidean norm of large numbers would overflow by itself.
+        largest = torch._foreach_norm([tensor.detach() for _, tensor in floating], float("inf"))
+        own = torch.stack([torch.isfinite(value) for value in largest])
+        finite = distributed.gather_rows(own[None].int(), self.world).amin(0).tolist()
         for (name, _), good in zip(floating, finite, strict=True):
             if not good:
                 raise DivergedError(

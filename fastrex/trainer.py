@@ -26,7 +26,7 @@ from .errors import DivergedError, FastrexError
 from .metrics import LOGGED, Log, Meter, Reading, check_writers, progress
 from .optim import MAX_SKIPPED
 from .step import Trainer, resolve_precision
-from .watch import Stopped
+from .verdict import Stopped
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 MAX_DEPTH = 64
 MAX_ITEMS = 1_000_000
+MAX_DOTS = 256
 DEEP = f"its values are nested more than {MAX_DEPTH} deep"
 # Opening a pipe to read would wait for a writer.
 OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
@@ -83,6 +84,9 @@ def parse_json(text: str, *, items: int = MAX_ITEMS) -> Any:
 
 def parse_toml(text: str) -> dict[str, Any]:
     """TOML with the same limits on depth and whole numbers. The caller limits the size: the parser is slow."""
+    # The time for a key is the square of its parts.
+    if any(line.count(".") > MAX_DOTS for line in text.split("\n")):
+        raise ValueError(f"a line has more than {MAX_DOTS} dots")
     try:
         content = tomllib.loads(text)
     except RecursionError:

@@ -42,6 +42,10 @@ class RankLost(FastrexError):
         self.verdict = verdict
 
 
+class Stopped(Exception):
+    """All ranks have agreed to stop in the middle of something that can be left."""
+
+
 def stall(places: Mapping[int, Place], what: str, rest: str) -> Verdict:
     """Who is furthest behind: that is what the others wait for. ``what`` and ``rest``: the message around it."""
     order = {rank: (place.ticks, place.collectives) for rank, place in places.items()}

@@ -20,17 +20,18 @@ import contextlib
 import faulthandler
 import json
 import os
+import secrets
 import selectors
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 from .agreement import Agreement
 from .errors import DivergedError, FastrexError
-from .lifeline import Door, Gone, Lifeline, Lost, addresses, dial
+from .lifeline import Door, Gone, Lifeline, Lost, Store, addresses, dial
 from .verdict import Place, RankLost, Verdict, first_line, outcome, read_place, read_verdict, stall, whole, words
 
 KEY = "fastrex/watch"
@@ -43,17 +44,6 @@ GRACE_S, LEAVE_S = 3.0, 60.0
 EXPLAIN_S = 3.0
 # The first step compiles, tunes and connects.
 FIRST_S = 600.0
-
-
-class Store(Protocol):
-    """Of torch's stores what is needed here."""
-
-    def set(self, key: str, value: str) -> object: ...
-    def get(self, key: str) -> bytes: ...
-
-
-class Stopped(Exception):
-    """All ranks have agreed to stop in the middle of something that can be left."""
 
 
 class Watch:
@@ -69,6 +59,7 @@ class Watch:
         self.on_verdict: Callable[[Verdict], object] = lambda verdict: None
         self.collectives: Callable[[], int] = lambda: -1
         self.command, self.way_out = "ranks", ""
+        self.job = ""  # a name for this start of this job, the same on all ranks
         self.verdict: Verdict | None = None
         self.place = Place()
         self._agreement = Agreement()
@@ -109,7 +100,7 @@ class Watch:
         if self.rank == 0:
             self._open(store, master, everywhere)
         else:
-            self._connect(json.loads(store.get(KEY)), master)
+            self._connect(store, master, time.monotonic() + patience_s)
         self._thread = threading.Thread(target=self._run, name="fastrex-watch", daemon=True)
         self._thread.start()
         deadline = time.monotonic() + patience_s
@@ -126,18 +117,26 @@ class Watch:
         self._door = door = Door(self._selector, self.size, everywhere, LOST_S, self._welcome)
         mine = [a for a in [os.environ.get("FASTREX_WATCH_ADDRESS")] if a]
         mine += addresses(master) if everywhere else ["127.0.0.1"]
-        store.set(KEY, json.dumps({"port": door.port, "addresses": mine, "token": door.token, "proof": door.proof}))
+        self.job = secrets.token_hex(8)
+        facts = {"port": door.port, "addresses": mine, "token": door.token, "proof": door.proof, "job": self.job}
+        store.set(KEY, json.dumps(facts))
 
-    def _connect(self, facts: dict[str, Any], master: str) -> None:
-        where = list(dict.fromkeys([*facts["addresses"], master]))
-        hello = {"kind": "hello", "rank": self.rank, "token": facts["token"]}
-        found = dial(where, facts["port"], hello, facts["proof"], LOST_S)
-        if found is None:
-            raise FastrexError(
-                f"{self.command}: rank {self.rank} must reach rank 0 on port {facts['port']} of one of "
-                f"{', '.join(where)}; let the hosts talk on all ports, as gloo and NCCL need, or name the right "
-                "address of rank 0's host in FASTREX_WATCH_ADDRESS"
-            )
+    def _connect(self, store: Store, master: str, deadline: float) -> None:
+        # torchrun keeps the store over a restart: what it says may be of ranks that are gone, until rank 0 replaces it.
+        while True:
+            facts = json.loads(store.get(KEY))
+            where = list(dict.fromkeys([*facts["addresses"], master]))
+            hello = {"kind": "hello", "rank": self.rank, "token": facts["token"]}
+            if (found := dial(where, facts["port"], hello, facts["proof"], LOST_S)) is not None:
+                break
+            if time.monotonic() > deadline:
+                raise FastrexError(
+                    f"{self.command}: rank {self.rank} must reach rank 0 on port {facts['port']} of one of "
+                    f"{', '.join(where)}; let the hosts talk on all ports, as gloo and NCCL need, or name the right "
+                    "address of rank 0's host in FASTREX_WATCH_ADDRESS"
+                )
+            time.sleep(POLL_S)
+        self.job = str(facts["job"])
         line, said = found
         self._selector.register(line.socket, selectors.EVENT_READ)
         self._welcome(0, line, said)

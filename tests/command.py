@@ -37,7 +37,7 @@ class Hang(BaseException):
     """No exception that a program would catch."""
 
 
-def fastrex(*words: str | Path, seconds: int = 60) -> Outcome:
+def fastrex(*words: str | Path, seconds: int = 300) -> Outcome:
     """Run ``fastrex WORDS``; fails when it takes ``seconds``, which then is a hang."""
     streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)]
     with (

@@ -104,6 +104,13 @@ def shell(words: Words) -> None:
     subprocess.run(words["command"].split(), check=True)
 
 
+def timm(words: Words) -> None:
+    """Let timm be imported where torchvision's compiled operators do not fit torch."""
+    from torchvision_shim import import_timm  # which imports pytest
+
+    import_timm()
+
+
 # What happens before a step. Kinds that patch something else are functions of their own in PATCHES.
 BEFORE_STEP: dict[str, Callable[[Words], None]] = {
     "kill": kill,
@@ -117,6 +124,7 @@ PATCHES: dict[str, Callable[[Words], None]] = {
     "kill-in-save": kill_in_save,
     "shallow": shallow,
     "loss-scale": loss_scale,
+    "timm": timm,
     **faulty_checkpoint.PATCHES,
     **faulty_numbers.PATCHES,
     **faulty_processes.PATCHES,

@@ -31,8 +31,8 @@ from fastrex import cli
 EXAMPLES = ROOT / "examples"
 SLURM, MANIFEST = EXAMPLES / "slurm.sh", EXAMPLES / "kubeflow-pytorchjob.yaml"
 GUARD_S = 300
-LONGER = [*SETTINGS, "optim.epochs=12"]
-LAST = "step-00000048"
+LONGER = [*SETTINGS, "optim.epochs=6"]
+LAST = "step-00000024"
 
 
 def torchrun_options() -> set[str]:

@@ -79,7 +79,6 @@ class Place:
 
 
 TRAIN = "train demo SETTINGS --device cpu --max-steps 1"
-KERNELS = "bench kernels --op class_means --case small --dtype fp32 --impl reference --seconds 0 --device cpu"
 PLACES = {
     "train RECIPE": Place("train PLACE", ".toml", usage=FILES | {"folder", "pipe", "socket", "below a file"}),
     "train --data": Place(f"{TRAIN} --data PLACE --out NEW", usage={"bytes"}),
@@ -113,8 +112,7 @@ PLACES = {
     "data show --out .html": Place("data show SETTINGS --data DATA --out PLACE", ".html", fine=FILES),
     "data show --out .png": Place("data show SETTINGS --data DATA --out PLACE", ".png", fine=FILES),
     "bench loader --data": Place("bench loader --data PLACE --seconds 0.1"),
-    "bench curve RUN": Place("bench curve PLACE --name x", usage=FILES | {"pipe", "socket", "below a file"}),
-    "bench kernels --json": Place(f"{KERNELS} --json PLACE", ".json", fine=FILES),
+    "bench curve RUN": Place("bench curve PLACE --name x"),
 }
 QUICK = ("train --data", "train --init-from", "export SOURCE", "status RUN", "data index", "data check --json")
 
@@ -345,6 +343,7 @@ def test_nobody_reads_what_is_printed(run: Path, tmp_path: Path, report: Report)
     report("T40", "stdout is closed or full", injected=3, survived=3)
 
 
+@pytest.mark.faults
 def test_a_training_goes_on_when_its_terminal_is_gone(data: Path, tmp_path: Path, report: Report) -> None:
     out = tmp_path / "run"
     ours, theirs = os.pipe()
@@ -360,10 +359,18 @@ def test_a_training_goes_on_when_its_terminal_is_gone(data: Path, tmp_path: Path
 @pytest.mark.faults
 def test_too_little_memory_is_one_line(data: Path, tmp_path: Path, report: Report) -> None:
     out = tmp_path / "run"
-    words = [*filled(TRAIN, "", data, tmp_path, out), "model.width=4096", "--data", data, "--out", out]
+    words = [
+        *filled(TRAIN, "", data, tmp_path, out),
+        "projector.hidden_layers=2",
+        "projector.hidden_dim=60000",
+        "--data",
+        data,
+        "--out",
+        out,
+    ]
 
     def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
+        resource.setrlimit(resource.RLIMIT_AS, (12 * 2**30, 12 * 2**30))  # the second layer wants 13.4 GiB
 
     ended = process(words, stdout=subprocess.PIPE, preexec_fn=limited)
     assert ended.returncode == 1
@@ -394,7 +401,6 @@ WRITERS = {
     "data demo": "data demo PLACE",
     "data show": "data show SETTINGS --data DATA --out PLACE.html",
     "data show png": "data show SETTINGS --data DATA --out PLACE.png",
-    "bench kernels": f"{KERNELS} --json PLACE",
 }
 
 
@@ -414,7 +420,9 @@ def test_a_disk_that_takes_nothing(how: str, data: Path, run: Path, tmp_path: Pa
             assert str(folder) in line, (name, line)
             said = "bytes|No space left" if how == "full" else "[Rr]ead-only"
             assert re.search(said, line), (name, line)
-            assert sorted(folder.iterdir()) == before, (name, "nothing may stay")
+            # Shards that were begun stay, for the same command to go on with.
+            left = [p for p in sorted(folder.iterdir()) if p.name != ".out.partial"]
+            assert left == before, (name, "nothing may stay")
     report("T40", f"outputs on a {how} disk", injected=len(WRITERS), survived=len(WRITERS))
 
 
@@ -458,7 +466,7 @@ def test_what_may_not_be_read(data: Path, run: Path, report: Report) -> None:
     try:
         root.chmod(0o777)
         shutil.copytree(data, root / "data")
-        shutil.copytree(run, root / "run")
+        (root / "data").chmod(0o755)
         for suffix in (".toml", ".safetensors", ".pth", ".csv"):
             (root / f"closed{suffix}").write_bytes(b"-")
             (root / f"closed{suffix}").chmod(0)

@@ -115,7 +115,7 @@ def test_bad_files_in_the_loader_are_named(stripes: Path, tmp_path: Path, report
 
 
 @pytest.fixture(scope="module")
-def damaged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[str], dict[str, str]]]:
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], dict[str, str]]:
     """Images with a stored index that knows nothing of five bad ones, their names, and where the index lies."""
     root = tmp_path_factory.mktemp("damaged")
     write_stripes(root / "train", 16, seed=0)
@@ -129,7 +129,7 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, li
         rows, ("cut_half.jpg", "claims_nothing.jpg", "cut.png", "bomb.png", "cut_20.jpg"), strict=True
     ):
         built.path(row).write_bytes(kinds[name].data)
-    yield root, [built.name(row) for row in rows], {"FASTREX_CACHE": str(tmp_path_factory.mktemp("cache"))}
+    return root, [built.name(row) for row in rows], {"FASTREX_CACHE": str(tmp_path_factory.mktemp("cache"))}
 
 
 def train(data: Path, out: Path, *more: str) -> list[str | Path]:
@@ -242,6 +242,7 @@ def test_two_hundred_cut_jpegs(tmp_path: Path, report: Report) -> None:
 def write_tree(root: Path, order: random.Random) -> Path:
     """Everything that a tree may hold, made in any order."""
     names = [f"{c}/{n}.jpg" for c in ("a", "A", "b", "caf\udce9", "日本", "train") for n in ("1", "2", "deep/er/3")]
+    names.remove("train/deep/er/3.jpg")  # or it would be a split
     names += [".hidden/x.jpg", "a/.x.jpg", "a/._y.jpg", "b/notes.txt", "b/.deep/z.jpg"]
     order.shuffle(names)
     for name in names:
@@ -293,7 +294,8 @@ def test_lists_that_lead_elsewhere(tmp_path: Path, report: Report) -> None:
     assert len(index.build(root / "x.csv")) == 2
     lists = {f"{number}.csv": head + row + "\n" for number, row in enumerate(ROWS)}
     for number, row in enumerate(ROWS):
-        path, _, label = row.rpartition(",")
+        path, _, label = row.removeprefix('"').rpartition(",")
+        path = path if path != "1.jpg" or label != "a" else ""
         lists[f"{number}.jsonl"] = "".join(
             json.dumps({"path": p, "label": n}) + "\n" for p, n in (("1.jpg", "0"), ("2.jpg", "1"), (path, label))
         )

@@ -145,10 +145,10 @@ def test_two_jobs_at_once_and_a_port_that_is_taken(stripes: Path, tmp_path: Path
         one.until(lambda: "step 3/6" in one.output, 120)
         # A third job is told to meet where the first one does: it is the one that notices.
         third = launch.faulty(arguments(stripes, tmp_path / "c"))
-        with launch.ranks(tmp_path / "c.log", 2, third, MASTER_PORT=port) as wrong:
+        with launch.ranks(tmp_path / "c.log", 2, third, MASTER_PORT=port, FASTREX_MEETING_S="3") as wrong:
             assert wrong.wait(120) == [1, 1]
         assert f"must be able to listen at 127.0.0.1:{port}, but that port is in use" in words_of(wrong, 0)
-        assert "train" in words_of(wrong, 1)
+        assert "rank 1 must reach rank 0" in words_of(wrong, 1)
         assert two.wait(120) == [0, 0], two.output
         assert one.wait(120) == [0, 0], one.output
     assert not (tmp_path / "c").exists()
@@ -173,14 +173,14 @@ def under_torchrun(
     folder: Path, words: list[str], number: signal.Signals, options: Iterable[str] = ("--standalone",)
 ) -> tuple[int, list[int]]:
     """Send ``number`` to the launcher while both ranks are in the middle of step 5, which takes two seconds; return its
-    exit code and what is still alive of its ranks 20 seconds later (5 for a kill)."""
+    exit code and what is still alive of its ranks later (on an idle machine they are gone within 5 seconds)."""
     with launch.torchrun(folder / "log", 2, words, tuple(options)) as job:
         job.until(lambda: "step 5/16" in job.output, 120)
         ranks = launch.descendants(job.processes[0].pid)
         assert len(ranks) >= 2
         job.send(number)
         code = job.wait(60)[0]
-        deadline = time.monotonic() + (5 if number == signal.SIGKILL else 20)
+        deadline = time.monotonic() + 30
         while (alive := launch.alive(ranks)) and time.monotonic() < deadline:
             time.sleep(0.05)
         return code, alive

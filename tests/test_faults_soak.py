@@ -76,12 +76,12 @@ class Watched:
 
 
 @contextmanager
-def watching(run: Path, pids: Sequence[int], seen: Watched) -> Iterator[None]:
+def watching(run: Path, pids: Sequence[int], seen: Watched, every_s: float) -> Iterator[None]:
     """Samples are taken while the block runs."""
     ended = threading.Event()
 
     def look() -> None:
-        while not ended.wait(0.2):
+        while not ended.wait(every_s):
             step = last_step(run)
             for pid in pids:
                 seen.lives.setdefault(pid, Samples()).take(pid, step)
@@ -123,7 +123,7 @@ def size(folder: Path) -> int:
 def flat(samples: Samples, begin: int, end: int) -> tuple[float, float]:
     """Between two steps: the largest deviation of resident memory from its median, and how much it has grown from the
     first to the last quarter. Open files and threads are checked here: at rest as many at the end as in the
-    beginning."""
+    beginning. The very end is no part of this: there the loader lets go of what it holds."""
     within = [i for i, step in enumerate(samples.steps) if begin <= step < end]
     assert len(within) >= 8, f"too few samples: {samples}"
     quarter = len(within) // 4
@@ -145,7 +145,7 @@ def long_job(folder: Path, data: Path, faults: Sequence[str], seen: Watched, ran
     command = launch.faulty([*words, "--max-steps", str(steps)], ["shallow:", *faults], folder / "hashes")
     for start in range(len(faults) + 1):
         job = launch.ranks(folder / f"log-{start}", ranks, command)
-        with job, watching(run, [process.pid for process in job.processes], seen):
+        with job, watching(run, [process.pid for process in job.processes], seen, 0.0001 * steps):
             codes = job.wait(1200)
         if not any(codes):
             break
@@ -158,7 +158,7 @@ def test_memory_and_files_stay_as_they_are(stripes: Path, tmp_path: Path, report
     seen = Watched()
     long_job(tmp_path, stripes, (), seen, ranks=1, steps=300)
     (samples,) = seen.lives.values()
-    around, growth = flat(samples, 50, 300)
+    around, growth = flat(samples, 50, 250)
     assert around < 0.05
     assert growth < 0.03
     report("T42", "300 steps, one process", injected=0, survived=0, growth=round(growth, 4))
@@ -169,7 +169,7 @@ def test_five_thousand_steps_with_a_kill_every_few_hundred(stripes: Path, tmp_pa
     quiet, killed = Watched(), Watched()
     straight = long_job(tmp_path / "quiet", stripes, (), quiet, ranks=2, steps=LONG_STEPS)
     for samples in quiet.lives.values():
-        around, growth = flat(samples, LONG_STEPS // 5, LONG_STEPS)
+        around, growth = flat(samples, LONG_STEPS // 5, LONG_STEPS - 100)
         assert around < 0.05, samples.rss
         assert growth < 0.03, samples.rss
     chance = random.Random(LONG_SEED)

@@ -18,7 +18,7 @@ import torch
 from conftest import SETTINGS, environment
 from test_checkpoint import reseal
 
-from fastrex import checkpoint, digests, distributed, export, manifest, objectives
+from fastrex import checkpoint, distributed, export, manifest, objectives
 from fastrex import config as c
 from fastrex.data.dataset import Dataset, open_dataset
 from fastrex.errors import FastrexError
@@ -396,11 +396,3 @@ def test_all_damaged_is_an_error_and_nothing_at_all_a_beginning(
     (checkpoint.folder(saved, 4) / "model.safetensors").unlink()
     refused(running, saved, "must hold a good checkpoint, all are damaged")
     assert restore(*running, tmp_path / "new") == (0, ["no checkpoint yet: starting from step 0"])
-
-
-def test_the_digest_costs_little(running: tuple[Trainer, Dataset]) -> None:
-    # As many bytes as a ResNet-50 with projector, momentum and EMA; a hang guard, far above what it takes.
-    parts = {stem: {str(n): torch.zeros(512, 512, 3, 3) for n in range(17)} for stem in ("model", "ema", "optimizer")}
-    begun = time.monotonic()
-    digests.state_digest(parts, {})
-    assert time.monotonic() - begun < 30

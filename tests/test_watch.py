@@ -312,11 +312,28 @@ def test_a_rank_that_does_not_come_is_missed() -> None:
     alone.close()
 
 
+def test_what_an_earlier_start_left_in_the_store_is_passed_over() -> None:
+    board, ranks = Board(), [Watch(rank, 2) for rank in range(2)]
+    gone = {"port": 1, "addresses": ["127.0.0.1"], "token": "t", "proof": "p", "job": "earlier"}
+    board.set(watch.KEY, json.dumps(gone))
+    with ThreadPoolExecutor(2) as pool:
+        late = pool.submit(ranks[1].start, board, "127.0.0.1", False, 20)
+        time.sleep(0.5)
+        ranks[0].start(board, "127.0.0.1", False, 20)
+        late.result(20)
+    assert ranks[0].job == ranks[1].job != "earlier"
+    for one in ranks:
+        one.bye()
+    for one in ranks:
+        one.close()
+
+
 def test_a_rank_that_cannot_reach_rank_0_says_where_it_tried() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
     board = Board()
-    board.set(watch.KEY, json.dumps({"port": port, "addresses": ["127.0.0.1"], "token": "t", "proof": "p"}))
+    facts = {"port": port, "addresses": ["127.0.0.1"], "token": "t", "proof": "p", "job": "j"}
+    board.set(watch.KEY, json.dumps(facts))
     lost = Watch(1, 2)
     with pytest.raises(FastrexError, match=rf"rank 1 must reach rank 0 on port {port} of one of 127\.0\.0\.1"):
         lost.start(board, "127.0.0.1", False, 1.0)

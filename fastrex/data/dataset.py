@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import sys
 import time
 from collections import deque
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from ..config import Config
-from ..distributed import World, main_first
+from ..distributed import World, gather_rows, main_first
 from ..errors import FastrexError, UsageError
 from .crops import cutter
 from .demo import write_digits
@@ -102,6 +103,7 @@ def open_dataset(config: Config, world: World, stored: Path | None = None) -> Da
         lines = ["synthetic data: nothing is learnt", *plan_notices(config.data, config.augment)]
         return Dataset(config, names, counts, steps, SYNTHETIC, 0, notices=lines)
     index = open_index(config, world, stored)
+    check_same_images(index, world)
     rows, held_out = index.rows("train", config.data.held_out), index.rows("val", config.data.held_out)
     plan = Plan(
         config.run.seed, batch, rows, index.heights, index.widths, config.data, config.augment, labels=index.labels
@@ -153,6 +155,18 @@ def open_index(config: Config, world: World, stored: Path | None = None) -> Inde
         if stored is not None and stored.is_file():
             return dataclasses.replace(load(stored), root=find_source(folder).root)
         return open_or_build(folder, empty_classes=config.data.empty_classes, progress=_Progress(folder))
+
+
+def check_same_images(index: Index, world: World) -> None:
+    """Refuse ranks that see other images than rank 0: hosts with copies of their own, one of which is not complete."""
+    own = int.from_bytes(hashlib.sha256(index.fingerprint.encode()).digest()[:8], "big", signed=True)
+    every = gather_rows(torch.tensor([own], device=world.device), world).tolist()
+    if odd := [rank for rank, other in enumerate(every) if other != every[0]]:
+        raise FastrexError(
+            f"train: all ranks must see the same images, but those of rank {', '.join(map(str, odd[:8]))}"
+            f"{', ...' if len(odd) > 8 else ''} differ from rank 0's; give every host the same files and run fastrex "
+            "data index again where they have changed"
+        )
 
 
 class _Progress:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
+from .. import files
 from ..config import DataConfig
 from ..errors import FastrexError
 from .index import Index, Status
@@ -210,8 +211,10 @@ def contact_sheet(samples: Sequence[Sample], out: Path) -> None:
         for column, crop in enumerate(sample.crops):
             caption = f"{crop.group.name} {crop.number}\n{describe(crop.params)}"
             _place(sheet, crop.picture, line, column + 1, caption, crop.colour)
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="PNG")
     try:
-        sheet.save(out, format="PNG")
+        files.write_output(out, buffer.getvalue())
     except OSError as error:
         raise FastrexError(f"cannot write {str(out)!r} ({error.strerror or error}); name another file") from error
 

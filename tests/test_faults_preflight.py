@@ -30,7 +30,8 @@ def tree(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def words(data: Path, out: Path, *more: str) -> list[str]:
-    return ["train", "demo", *SETTINGS, "--data", str(data), "--out", str(out), "--device", "cpu", *more]
+    place = [] if any(word.startswith("data.path=") for word in more) else ["--data", str(data)]
+    return ["train", "demo", *SETTINGS, *place, "--out", str(out), "--device", "cpu", *more]
 
 
 def levels(out: str) -> dict[str, list[str]]:
@@ -210,6 +211,7 @@ def test_disk_counts_what_is_kept_for_good(tmp_path: Path) -> None:
     assert preflight.disk(tmp_path / "a" / "b", config, free * 2, 0).level == "error"
 
 
+@pytest.mark.faults
 def test_every_rank_looks_and_rank_0_tells(stripes: Path, tmp_path: Path, report: Report) -> None:
     """Rank 1 alone may open few files; both ranks share a batch that cannot be shared."""
     limited = (
@@ -232,13 +234,16 @@ def test_every_rank_looks_and_rank_0_tells(stripes: Path, tmp_path: Path, report
     with launch.ranks(tmp_path / "odd.log", 2, launch.faulty(odd)) as job:
         assert job.wait() == [1, 1], job.output
     assert len(re.findall("multiple of ranks", job.output)) == 1
-    with launch.ranks(tmp_path / "no.log", 2, launch.faulty([*good, "data.path=/nowhere"])) as job:
+    with launch.ranks(
+        tmp_path / "no.log", 2, launch.faulty(words(stripes, tmp_path / "run", "data.path=/nowhere", "--dry-run"))
+    ) as job:
         assert job.wait() == [1, 1], job.output
     assert "would not start: 1 error" in job.output
     assert not (tmp_path / "run").exists()
     report("T40", "--dry-run on two ranks: a limit of one rank, a batch, no images", injected=3, survived=3)
 
 
+@pytest.mark.faults
 def test_a_rank_that_cannot_resume(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
