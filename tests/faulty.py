@@ -31,6 +31,7 @@ import torch
 
 from fastrex import checkpoint, cli, schedule
 from fastrex import step as step_module
+from fastrex.data import dataset
 from fastrex.errors import FastrexError
 from fastrex.model import resnet
 
@@ -104,6 +105,17 @@ def shell(words: Words) -> None:
     subprocess.run(words["command"].split(), check=True)
 
 
+def images(words: Words) -> None:
+    """This rank finds the images of ``path`` where the others find theirs."""
+    original = dataset.open_index
+
+    def open_index(config: Any, *arguments: Any) -> Any:
+        data = dataclasses.replace(config.data, path=words["path"])
+        return original(dataclasses.replace(config, data=data), *arguments)
+
+    dataset.open_index = open_index
+
+
 def timm(words: Words) -> None:
     """Let timm be imported where torchvision's compiled operators do not fit torch."""
     from torchvision_shim import import_timm  # which imports pytest
@@ -124,6 +136,7 @@ PATCHES: dict[str, Callable[[Words], None]] = {
     "kill-in-save": kill_in_save,
     "shallow": shallow,
     "loss-scale": loss_scale,
+    "images": images,
     "timm": timm,
     **faulty_checkpoint.PATCHES,
     **faulty_numbers.PATCHES,

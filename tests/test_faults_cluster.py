@@ -283,3 +283,15 @@ def test_only_rank_0_needs_the_run_directory(cluster: Cluster, quiet: str, repor
     assert cluster.final() == {quiet}
     report("cluster", "ranks by hand, run directory on one host only, resumed", injected=1, survived=1, bits_equal=True)
     report("cluster", f"the link is down for {LOST_S / 4:g} s: no restart", injected=1, survived=1, bits_equal=True)
+
+
+def test_a_host_with_other_images_is_refused(stripes: Path, tmp_path: Path, report: Callable[..., None]) -> None:
+    shutil.copytree(stripes, tmp_path / "copy")
+    next((tmp_path / "copy" / "train").rglob("*.jpg")).unlink()
+    out = tmp_path / "run"
+    words = ["train", "demo", *SETTINGS, "--data", stripes, "--out", out, "--device", "cpu"]
+    with launch.ranks(tmp_path / "log", 2, launch.faulty(words, [f"images:rank=1,path={tmp_path / 'copy'}"])) as job:
+        assert job.wait(120) == [1, 1]
+        assert job.output.count("all ranks must see the same images, but those of rank 1 differ from rank 0's") == 2
+    assert not out.exists()
+    report("cluster", "a host's copy of the images lacks a file", injected=1, survived=1)
