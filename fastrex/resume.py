@@ -112,7 +112,7 @@ class Saving:
             self._finish(must)
         except checkpoint.WriteFailed as error:
             problem = str(error)
-        if problem := _from_main(problem, self.trainer.world):
+        if problem := distributed.text_from_main(problem, self.trainer.world):
             raise checkpoint.WriteFailed(problem)
 
     def _finish(self, must: bool = False) -> None:
@@ -185,7 +185,7 @@ def restore(
     words = {"problem": problem, "lines": lines, "step": -1, "digest": ""}
     if found is not None:
         words |= {"step": found.step, "digest": found.state.get("digest", "")}
-    heard = json.loads(_from_main(json.dumps(words), world))
+    heard = json.loads(distributed.text_from_main(json.dumps(words), world))
     if heard["problem"]:
         raise FastrexError(heard["problem"])
     step = int(heard["step"])
@@ -261,18 +261,6 @@ def _groups(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
                 group, size = [], 0
     if group:
         yield group
-
-
-def _from_main(text: str, world: World) -> str:
-    """Rank 0's words on every rank."""
-    if world.size == 1:
-        return text
-    raw = torch.tensor(list(text.encode()), dtype=torch.uint8, device=world.device)
-    size = distributed.from_main(len(raw), world)
-    box = raw if world.main else torch.empty(size, dtype=torch.uint8, device=world.device)
-    if size:
-        distributed.broadcast_([box], world)
-    return bytes(box.tolist()).decode()
 
 
 def init_from(trainer: Trainer, source: Path | str) -> str:

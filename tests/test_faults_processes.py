@@ -254,13 +254,14 @@ def evaluated(out: Path) -> list[int]:
 def test_a_restarted_job_ends_in_the_same_bits(stripes: Path, tmp_path: Path, quiet: list[str], report: Report) -> None:
     out, once = tmp_path / "run", tmp_path / "once"
     words = launch.faulty(
-        arguments(stripes, out, "checkpoint.every_steps=3"), [f"kill:rank=1,step=8,once={once}"], tmp_path
+        arguments(stripes, out, "checkpoint.every_steps=3"), [f"kill:rank=1,step=7,once={once}"], tmp_path
     )
     with launch.torchrun(tmp_path / "log", 2, words, ("--standalone", "--max-restarts=1")) as job:
         assert job.wait(180) == [0], job.output
     assert once.exists()
-    assert "train: rank 1 was killed or left without a word at step 8" in job.output
-    assert "resumed from step-00000006" in job.output
+    assert "train: rank 1 was killed or left without a word at step 7" in job.output
+    # The newest one may still have been on its way to the disk.
+    assert re.search("resumed from step-0000000[346]", job.output)
     assert hashes(tmp_path) == quiet
     report("T15", "SIGKILL under torchrun --max-restarts 1", injected=1, survived=1, bits_equal=True)
 
