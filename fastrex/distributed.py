@@ -233,7 +233,8 @@ def text_from_main(text: str, world: World) -> str:
     box = torch.zeros(from_main(len(sent), world), dtype=torch.uint8, device=world.device)
     if world.main:
         box.copy_(torch.tensor(sent, dtype=torch.uint8))
-    dist.broadcast(box, src=0)
+    if box.numel():
+        dist.broadcast(box, src=0)
     return bytes(box.tolist()).decode()
 
 
