@@ -18,9 +18,10 @@ test: $(VENV)/dev lint
 
 # Kills, hangs, full disks and hostile files, for real; the table of RELIABILITY.md is written anew, also after failures.
 FAULTS := build/faults.json
+FAULT_TESTS := tests/test_faults_*.py tests/test_sharded_training.py tests/test_examples.py
 test-faults: $(VENV)/dev
 	mkdir -p build && rm -f $(FAULTS)
-	$(PYTEST) -m '' tests/test_faults_*.py --report $(FAULTS); tests=$$?; \
+	$(PYTEST) -m '' $(FAULT_TESTS) --report $(FAULTS); tests=$$?; \
 	  $(BIN)/python -m benchmarks reliability $(FAULTS) && exit $$tests
 
 lint: $(VENV)/dev
