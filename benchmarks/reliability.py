@@ -36,7 +36,14 @@ TESTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "T10": ("the newest checkpoint is damaged", ()),
     "T11": ("all checkpoints are damaged", ()),
     "T12": ("the disk is full", ()),
-    "T13": ("saving while training goes on", ()),
+    "T13": (
+        "saving while training goes on",
+        (
+            "test_saving.py::test_stored_is_the_state_at_the_call",
+            "test_saving.py::test_a_failure_in_the_background_is_said_and_the_next_attempt_succeeds",
+            "test_saving.py::test_an_interpreter_that_ends_waits_for_the_write",
+        ),
+    ),
     "T14": ("a rank fails", ()),
     "T15": ("a rank is killed, or leaves without a word", ()),
     "T16": ("a rank hangs", ()),
@@ -110,6 +117,9 @@ TESTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "T40": ("every error path of the command line", ()),
     "T41": ("a checkpoint of an older release", ()),
     "T42": ("long runs: memory, files, threads, disk", ()),
+    "cluster": ("several hosts: cut off, switched off, replaced", ()),
+    "sharded": ("class weights split over the ranks", ()),
+    "buffers": ("BatchNorm's statistics equal on every rank", ()),
 }
 
 
@@ -126,7 +136,8 @@ def record(lines: Sequence[Line], command: str) -> Record:
         if lacking := sorted(KEYS - line.keys()):
             raise FastrexError(f"reliability: every line must have {', '.join(sorted(KEYS))}, one lacks {lacking[0]}")
         if line["id"] not in TESTS and not line["id"].startswith("T?"):
-            raise FastrexError(f"reliability: an id must be one of T01 to T42, got {line['id']!r} of {line['test']}")
+            known = ", ".join(TESTS)
+            raise FastrexError(f"reliability: an id must be one of {known}, got {line['id']!r} of {line['test']}")
     compared = [line for line in lines if line["bits_equal"] is not None]
     return {
         "command": command,

@@ -28,7 +28,7 @@ from .errors import FastrexError
 FORMAT = 1
 STATE = "state.json"
 KEPT_BAD = 2  # damaged checkpoints that stay for whoever wants to look at them
-_STEP = re.compile(r"step-(\d{8,})")
+_STEP = re.compile(r"step-([0-9]{8,})")
 _TEMP = ".tmp-"
 _CHECKSUM = "checksum"
 _ROOM = 1 << 20  # bytes for state.json and what file systems need beside the tensors
@@ -71,7 +71,7 @@ def save(run: Path, step: int, parts: Parts, state: Mapping[str, Any], *, keep_l
     """Write ``parts`` (file stem -> named tensors) and ``state``, then remove what :func:`retire` does not keep.
 
     The folder appears complete or not at all: written beside its place, flushed to the disk, renamed. One that already
-    stands there stays when it verifies, else it is set aside.
+    stands there stays when it verifies and is of the same state (by ``digest``), else it is set aside.
 
     Raises:
         WriteFailed: no room, no permission or a broken disk; nothing of the attempt is left.
@@ -81,8 +81,8 @@ def save(run: Path, step: int, parts: Parts, state: Mapping[str, Any], *, keep_l
     try:
         if final.exists():
             with contextlib.suppress(BadCheckpoint):
-                verify(final)
-                return final
+                if verify(final).get("digest") == state.get("digest"):
+                    return final
             set_aside(final)
         if not final.parent.is_dir():
             final.parent.mkdir(parents=True)
@@ -99,7 +99,7 @@ def save(run: Path, step: int, parts: Parts, state: Mapping[str, Any], *, keep_l
                 safetensors.torch.save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, path)
                 facts[path.name] = _seal(path)
             manifest = sealed({"format": FORMAT, "step": step, **state, "files": facts})
-            (temp / STATE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            (temp / STATE).write_text(_readable(final, manifest), encoding="utf-8")
             files.sync(temp / STATE)
             files.sync(temp)
             temp.rename(final)
@@ -140,7 +140,8 @@ def sweep(run: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint to ``bad.step-N``, so that its step can be saved again; the newest few stay."""
+    """Rename a checkpoint that is damaged or of another state to ``bad.step-N``, so that its step can be saved again;
+    the newest few stay."""
     aside = path.with_name(f"bad.{path.name}")
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -148,7 +149,7 @@ def set_aside(path: Path) -> Path:
         files.sync(path.parent)
     except OSError as error:
         raise FastrexError(
-            f"checkpoint: {path} is damaged and must be set aside as {aside.name} ({error.strerror}); rename it"
+            f"checkpoint: {path} must be set aside as {aside.name} ({error.strerror}); rename it"
         ) from None
     for old in sorted(path.parent.glob("bad.step-*"), key=lambda p: (len(p.name), p.name))[:-KEPT_BAD]:
         shutil.rmtree(old, ignore_errors=True)
@@ -324,6 +325,18 @@ def _looks_whole(path: Path) -> bool:
         return all((path / name).stat().st_size == fact["bytes"] for name, fact in state["files"].items())
     except (BadCheckpoint, OSError):
         return False
+
+
+def _readable(path: Path, manifest: Mapping[str, Any]) -> str:
+    """The manifest's JSON, refused where :func:`read_state` would refuse it."""
+    text = json.dumps(manifest, indent=1)
+    try:
+        untrusted.check_json(text, _MAX_STATE, _MAX_ITEMS)
+    except ValueError as error:
+        raise WriteFailed(
+            f"checkpoint: {path / STATE} could not be read again ({error}); use fewer or shorter class names"
+        ) from None
+    return text
 
 
 def _existing(path: Path) -> Path:

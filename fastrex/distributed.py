@@ -21,13 +21,13 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from .errors import FastrexError
+from .stall import FIRST_STEPS_CUDA
 from .watch import Watch
 
 # Ranks may start minutes after one another: hosts boot, images are pulled.
 MEETING_S = float(os.environ.get("FASTREX_MEETING_S", "600"))
-# A second line only: the watch ends a job that hangs, and sooner.
-TIMEOUT = datetime.timedelta(minutes=30)
-PATIENCE = datetime.timedelta(hours=12)
+# Of collectives. Long: the watch ends a job that hangs, after run.stall_s, which may be hours.
+TIMEOUT = datetime.timedelta(days=2)
 
 
 # torch 2.13 renamed this collective; 2.11 and 2.12 know the old name only.
@@ -113,6 +113,8 @@ def world(device: str = "auto") -> Iterator[World]:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
     watch = Watch(rank, size)
+    if chosen.type == "cuda":
+        watch.clock.first_steps = FIRST_STEPS_CUDA
     joined = World(rank, size, local_rank, local_size, chosen, watch)
     if size == 1:
         yield joined
@@ -138,6 +140,9 @@ def _join(world: World) -> None:
         world.watch.start(store, master, world.local_size < world.size, MEETING_S)
         # Nothing of an earlier start of the same job is found in it: torchrun keeps the store over a restart.
         store = PrefixStore(world.watch.job, store)
+        # Hosts that let the watch through but not gloo or NCCL would wait for the collectives' own timeout.
+        world.watch.mark(0, "connecting")
+        world.watch.guard(MEETING_S)
         options: dict[str, Any] = {"store": store, "rank": world.rank, "world_size": world.size, "timeout": TIMEOUT}
         if world.device.type == "cuda":
             dist.init_process_group("nccl", device_id=world.device, **options)
@@ -145,6 +150,7 @@ def _join(world: World) -> None:
             dist.init_process_group("gloo", **options)
             # torchrun asks for one thread where nobody says otherwise; on a CPU the cores are the accelerator.
             torch.set_num_threads(max(1, own_cores(world.local_size)))
+        world.watch.guard(0)
     except ValueError as error:
         raise FastrexError(
             "train: several ranks need RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment "
@@ -273,16 +279,17 @@ def barrier(world: World) -> None:
 
 @contextmanager
 def main_first(world: World) -> Iterator[None]:
-    """Let rank 0 run the block before the others do. They wait for hours if need be: it may be indexing millions of
-    files."""
+    """Let rank 0 run the block first, then one rank of every other host, then the rest; leave it together. All wait for
+    hours if need be: it may be indexing millions of files, and hosts need not share what rank 0 has written."""
     if world.size == 1:
         yield
         return
-    # A group of its own, because the patience of a collective is its group's.
-    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-    if not world.main:
+    # A group of its own: ranks that wait for hours keep no GPU busy.
+    patient = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    turn = 0 if world.main else 1 if world.local_rank == 0 else 2
+    for _ in range(turn):
         dist.barrier(patient)
     yield
-    if world.main:
+    for _ in range(turn, 3):
         dist.barrier(patient)
     dist.destroy_process_group(patient)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import checkpoint, distributed, manifest, memory, preflight, rundir, schedule, trainer
+from . import checkpoint, distributed, manifest, memory, preflight, rundir, schedule, trainer, untrusted
 from . import resume as resume_module
 from .config import Config
 from .data.dataset import Dataset, check_batch, open_dataset
@@ -95,9 +95,13 @@ def dry_run(
         resuming = False
         if world.main:
             report.add(preflight.writable(path))
+        if report.good() and world.main:
+            with report.check():
+                rundir.prepare(path, config, resume)
+        # The other ranks need not see the directory: they hear from rank 0, once it has something good to say.
         if report.good():
             with report.check():
-                config, resuming = rundir.prepare(path, config, resume)
+                config, resuming = rundir.decide(path, config, resume, world)
                 init_from = trainer.starting_weights(init_from, resuming, resume)
         if config is None or not report.good():
             report.note(NOTE, "images, model, memory and disk: not looked at before --out is right")
@@ -169,7 +173,7 @@ def _model(
     weights = sum(p.numel() for p in built.model.encoder.parameters())
     facts = f"{config.model.arch}, {weights / 1e6:.2f}M weights, objective {config.objective.name}"
     report.note(OK, f"model: {facts}, on {world.device}")
-    mine = built.parts()  # of all ranks together, like all that follows but what is one rank's own
+    mine = built.part_shapes()
     existing = len(checkpoint.steps(path)) if resuming else 0
     with report.check():
         if resuming and world.main:
@@ -196,7 +200,7 @@ def _resumes(
 ) -> None:
     """What the training would continue from. Damaged checkpoints are named, and left where they are."""
     if (path / rundir.LOCK).is_file():
-        with (path / rundir.LOCK).open(encoding="utf-8") as lock:
+        with untrusted.opened(path / rundir.LOCK) as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except OSError:
@@ -209,6 +213,7 @@ def _resumes(
         for line in manifest.check(found.state, built.config, data, report.world, path, allow_world_size_change):
             report.note(NOTE, line)
         resume_module.check_parts(mine, found.parts, found.path, path)
+        built.objective.check(found.parts["bank"])
         report.note(OK, f"resume: from step {found.step}, its checksums are right")
     elif checkpoint.had_any(path):
         raise FastrexError(f"resume: {path} must hold a good checkpoint, all are damaged; start a new --out")

@@ -22,6 +22,7 @@ from .card import model_card
 from .config import DataConfig, ModelConfig
 from .errors import FastrexError
 from .model.resnet import build_encoder, infer_arch
+from .model.size import NoLargerThan
 from .rundir import CONFIG, version
 from .settings import build
 
@@ -267,7 +268,8 @@ def _build(source: Source, name: str) -> nn.Module:
             # Without memory first: a first layer alone can claim a width whose other layers no machine could hold.
             with torch.device("meta"):
                 build_encoder(config, source.channels).load_state_dict(source.state, assign=True)
-        model = build_encoder(config, source.channels)
+        with NoLargerThan(source.state, name):
+            model = build_encoder(config, source.channels)
         model.load_state_dict(source.state)
     except FastrexError:
         raise
@@ -333,7 +335,7 @@ def _write(folder: Path, model: nn.Module, source: Source, facts: dict[str, obje
             assumed=not source.preprocessing,
             torchvision=_counterpart(source, "torchvision"),
             timm=_counterpart(source, "timm"),
-        ).encode(),
+        ).encode("utf-8", "replace"),  # halves of characters, as a source's JSON may hold them
     )
     files.sync(folder)
 

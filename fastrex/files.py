@@ -8,10 +8,15 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+# What file systems say that cannot flush a folder, or do not let this user open it for that.
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.EACCES)
 
 
 @contextlib.contextmanager
@@ -37,6 +42,16 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temp.unlink(missing_ok=True)
+
+
+def sweep(path: Path, unused_s: float = 0.0) -> None:
+    """Remove what killed writers of ``path`` left beside it (:func:`replacing`) and nobody has written to for
+    ``unused_s`` seconds; 0: the caller knows that it is the only writer."""
+    left = re.compile(rf"\.{re.escape(path.name[:40])}\.\d+-[0-9a-f]{{8}}(\.\w+)?")
+    with contextlib.suppress(OSError):
+        for other in path.parent.iterdir():
+            if left.fullmatch(other.name) and (not unused_s or time.time() - other.stat().st_mtime > unused_s):
+                other.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -73,12 +88,16 @@ def write_output(path: Path, content: str | bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Flush a file or folder to the disk; a folder as far as its file system can."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC or not path.is_dir():
+            raise
 
 
 def digest(path: Path) -> str:

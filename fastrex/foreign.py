@@ -28,7 +28,8 @@ MAX_PICKLE = 16 * 2**20
 MAX_COPIED = 1_000_000
 MAX_PLACEHOLDERS = 1000
 MAX_DIMENSIONS = 64
-MAX_SHARED = 8  # times the size of the file that all tensors may have together, where they share storages
+MAX_SHARED = 8  # times the size of the file that all tensors may have together, where they share or repeat values
+ROOM = 1 << 22  # bytes that they may have beyond, in a small file
 
 CONVERT = "load it where you trust it and save its state_dict with a current torch.save or with safetensors"
 _DTYPES = {
@@ -135,7 +136,7 @@ class _Archive:
         return self.archive.read(entry.filename)
 
     def storage(self, key: str, dtype: torch.dtype, count: int) -> Tensor:
-        if not re.fullmatch(r"\d{1,9}", key) or count < 0:
+        if not re.fullmatch(r"[0-9]{1,9}", key) or count < 0:
             raise FastrexError(f"it names a storage {key[:20]!r} of {count} elements")
         entry = self.archive.entries.get(f"{self.root}/data/{key}")
         held = -1 if entry is None else entry.file_size
@@ -157,14 +158,14 @@ class _Reader(pickle.Unpickler):
     def __init__(self, data: bytes, archive: _Archive, size: int) -> None:
         super().__init__(io.BytesIO(data), encoding="latin1")
         self.archive = archive
-        self.left_to_show = MAX_SHARED * size
+        self.left_to_show = MAX_SHARED * size + ROOM
         self.storages: dict[str, _Held] = {}
         self.known: dict[tuple[str, str], Any] = {
             ("collections", "OrderedDict"): _Function(lambda *args: self._copied(_Plain, *args)),
             ("torch._utils", "_rebuild_tensor"): _Function(self._tensor),
             ("torch._utils", "_rebuild_tensor_v2"): _Function(self._tensor),
-            ("torch._utils", "_rebuild_parameter"): _Function(lambda data, *_: data),
-            ("torch._utils", "_rebuild_parameter_with_state"): _Function(lambda data, *_: data),
+            ("torch._utils", "_rebuild_parameter"): _Function(self._parameter),
+            ("torch._utils", "_rebuild_parameter_with_state"): _Function(self._parameter),
         }
         for kind in (dict, list, set, tuple, frozenset):
             for module in ("builtins", "__builtin__"):
@@ -186,7 +187,8 @@ class _Reader(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
-            raise FastrexError(f"it refers to {str(pid)[:40]!r}, which is no storage")
+            # Never its words: lists that hold one another twice print for ever.
+            raise FastrexError(f"it refers to a {type(pid).__name__} that is no storage")
         _, dtype, key, _, count = pid
         if not isinstance(dtype, torch.dtype):
             return _Inert()
@@ -211,13 +213,17 @@ class _Reader(pickle.Unpickler):
         for length, step in zip(size, stride, strict=True):
             count *= length
             last += (length - 1) * step
-        if count > held.numel() or (count and last >= held.numel()):
+        if count and last >= held.numel():
             raise FastrexError(f"a tensor of shape {list(size)} reaches past its storage of {held.numel()} elements")
         # Whoever copies them all must not need more memory than a few such files.
         self.left_to_show -= count * held.dtype.itemsize
         if self.left_to_show < 0:
-            raise FastrexError(f"its tensors share storages so often that they have {MAX_SHARED} times its size")
+            raise FastrexError(f"its tensors repeat values so often that they have {MAX_SHARED} times its size")
         return _Held(held.as_strided(size, stride, offset) if count else held.new_empty(size))
+
+    def _parameter(self, data: Any, *_: Any) -> Any:
+        """Of a tensor only: a container under a second name would grow behind the scan's back."""
+        return data if isinstance(data, _Held) else _Inert()
 
     def _copied(self, kind: Callable[..., Any], *args: Any) -> Any:
         """A container from another: within a budget, since a short pickle can ask for many copies of a long one."""
@@ -279,7 +285,7 @@ def load(path: Path) -> tuple[dict[Any, Any], list[str]]:
             f"foreign: {path} is damaged ({type(error).__name__}: {str(error)[:120]}); get it again"
         ) from error
     if not isinstance(content, dict):
-        what = content.kind if isinstance(content, _Inert) else type(content).__name__
+        what = re.sub(r"[^\w.]", "?", content.kind[:80]) if isinstance(content, _Inert) else type(content).__name__
         raise FastrexError(f"foreign: {path} must hold a dict of tensors, got {what}; {CONVERT}")
     return content, sorted(reader.placeholders)
 

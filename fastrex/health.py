@@ -3,13 +3,13 @@ checkpoints are good. Nothing is changed."""
 
 from __future__ import annotations
 
-import json
+import os
 import shlex
 import time
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, rundir
+from . import checkpoint, rundir, untrusted
 
 # What a run appends to or replaces while it lives.
 SIGNS = ("metrics.jsonl", "train.log", rundir.STATUS)
@@ -90,8 +90,8 @@ def _way_on(run: Path, facts: dict[str, Any]) -> str | None:
 
 def _world_size(run: Path) -> int | None:
     try:
-        size = json.loads((run / rundir.ENV).read_text(encoding="utf-8"))["world_size"]
-    except (OSError, ValueError, KeyError, TypeError):
+        size = untrusted.read_json(run / rundir.ENV, rundir.MAX_STATUS)["world_size"]
+    except (OSError, ValueError, LookupError, TypeError):
         return None
     return size if isinstance(size, int) else None
 
@@ -99,15 +99,15 @@ def _world_size(run: Path) -> int | None:
 def _logged_step(path: Path) -> int | None:
     """The step of the last whole line: a kill may have cut the one after it."""
     try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - TAIL))
-            tail = file.read().splitlines()
-    except OSError:
+        with untrusted.opened(path) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+            tail = file.read(TAIL).splitlines()
+    except (OSError, ValueError):
         return None
     for line in reversed(tail):
         try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):
+            return int(untrusted.parse_json(line.decode("utf-8"))["step"])
+        except (ValueError, LookupError, TypeError):
             continue
     return None
 

@@ -52,7 +52,7 @@ def encoder_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except FastrexError as error:
         raise FastrexError(f"foreign: {path}: {error}") from None
     own = [part for part in wheres[best].split(".") if part]
-    left_out = {_branch(other, str(key)[:MAX_KEY], own) for other, mapping in dicts for key in mapping}
+    left_out = {_branch(other, _words(key, MAX_KEY), own) for other, mapping in dicts for key in mapping}
     provenance = {
         "file": path.name,
         "sha256": files.digest(path),
@@ -126,5 +126,12 @@ def _list(names: set[str]) -> str:
 
 
 def _summary(content: Mapping[Any, Any]) -> str:
-    keys = [str(key)[:40] for key in list(content)[:5]]
+    keys = [_words(key, 40) for key in list(content)[:5]]
     return f"the keys {', '.join(keys)}{', ...' if len(content) > 5 else ''}" if keys else "an empty dictionary"
+
+
+def _words(key: Any, length: int) -> str:
+    """A key as words. Of a tuple only that it is one: a few bytes of pickle make one of a gigabyte of words."""
+    if isinstance(key, str):
+        return key[:length]
+    return str(key)[:length] if isinstance(key, int | float | None) else f"<{type(key).__name__}>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import sys
@@ -15,10 +16,10 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from . import streams, untrusted
+from . import files, streams, untrusted
 from .config import Config
 from .distributed import World, sum_
-from .errors import FastrexError, explain
+from .errors import FastrexError, explain, one_line
 
 MAX_LINE = 1 << 16
 # Every other device value is logged as train/<name>.
@@ -88,10 +89,19 @@ class Log:
         if not self.main:
             return
         path = run / "metrics.jsonl"
-        if resume_step is not None and path.exists():
-            _drop_after(path, resume_step)
-        self.text = (run / "train.log").open("a", encoding="utf-8")
-        self.records = path.open("a", encoding="utf-8")
+        try:
+            if resume_step is not None and path.exists():
+                _drop_after(path, resume_step)
+            with contextlib.ExitStack() as opened:
+                self.text = opened.enter_context(untrusted.to_append(run / "train.log"))
+                self.records = untrusted.to_append(path)
+                opened.pop_all()
+        except (OSError, ValueError) as error:
+            reason = (isinstance(error, OSError) and error.strerror) or f"its {path.name}: {error}"
+            raise FastrexError(
+                f"train: --out {run} must take the run's log, it does not ({reason}); remove what stands there, or "
+                "choose another --out"
+            ) from error
         if config.run.tensorboard:
             # What TensorBoard is to forget begins with this step itself.
             self.board = _tensorboard()(str(run), purge_step=None if resume_step is None else resume_step + 1)
@@ -116,7 +126,7 @@ class Log:
         with contextlib.suppress(OSError):
             print(text, file=sys.stderr, flush=True)
         # Opened for this line only: rank 0 appends to the same file. Elsewhere the folder may not exist.
-        with contextlib.suppress(OSError), (self.run / "train.log").open("a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError), untrusted.to_append(self.run / "train.log") as file:
             file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n")
 
     def news(self, lines: deque[str]) -> None:
@@ -140,10 +150,26 @@ class Log:
         plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._append(self.records, json.dumps({"step": step, "time": round(time.time(), 3), **plain}) + "\n")
         if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+            with self._optional("board"):
+                for name, value in values.items():
+                    self.board.add_scalar(name, value, step)
         if self.wandb is not None:
-            self.wandb.log(dict(values), step=step)
+            with self._optional("wandb"):
+                self.wandb.log(dict(values), step=step)
+
+    @contextlib.contextmanager
+    def _optional(self, writer: str) -> Iterator[None]:
+        """A full disk or a service out of reach costs that writer, not the run. It gets no more: what TensorBoard's
+        thread has met once is raised at every call."""
+        try:
+            yield
+        except Exception as error:
+            setattr(self, writer, None)
+            name = {"board": "TensorBoard", "wandb": "W&B"}[writer]
+            reason = (
+                explain(error) if isinstance(error, OSError) else one_line(f"{type(error).__name__}: {error}"[:300])
+            )
+            self.line(f"{name} cannot go on ({reason}); it lacks what follows, metrics.jsonl has it")
 
     def _append(self, file: IO[str], text: str) -> None:
         """A full disk costs lines of the log, not the run; they follow once there is room."""
@@ -165,13 +191,15 @@ class Log:
 
     def close(self) -> None:
         if self.main:
+            if self.board is not None:
+                with self._optional("board"):
+                    self.board.close()
+            if self.wandb is not None:
+                with self._optional("wandb"):
+                    self.wandb.finish()
             for file in (self.text, self.records):
                 with contextlib.suppress(OSError):
                     file.close()
-            if self.board is not None:
-                self.board.close()
-            if self.wandb is not None:
-                self.wandb.finish()
 
 
 def progress(step: int, total: int, epoch: int, values: Mapping[str, float], eta_s: float) -> str:
@@ -188,14 +216,12 @@ def progress(step: int, total: int, epoch: int, values: Mapping[str, float], eta
 def _drop_after(path: Path, step: int) -> None:
     """Forget records past the checkpoint that training continues from: those steps are about to be made again."""
     kept = [line for line, record in _records(path) if record["step"] <= step]
-    temp = path.with_name(".metrics.jsonl")
-    temp.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    temp.replace(path)
+    files.write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The lines of metrics.jsonl with what they say; what is none, as the line that a kill has cut, is left out."""
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with untrusted.opened(path) as raw, io.TextIOWrapper(raw, encoding="utf-8", errors="replace") as file:
         while line := file.readline(MAX_LINE):
             with contextlib.suppress(ValueError):
                 record = untrusted.parse_json(line)

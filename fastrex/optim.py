@@ -18,8 +18,8 @@ from .sgd import IMPLS
 
 GROWTH_INTERVAL = 2000  # steps without overflow before the scale doubles, as torch.amp.GradScaler
 MAX_SKIPPED = 20  # overflows in a row before the run stops
-# Overflows that come and go, never so many in a row, would drive the scale to 0, and gradients of exactly 0 would let
-# it grow to infinity: from either it never comes back.
+# Below 1 a scale would make small gradients vanish, which it is there to prevent; gradients of exactly 0 would let it
+# grow to infinity, from where it never comes back.
 SCALES = (1.0, 2.0**32)
 
 
@@ -127,7 +127,8 @@ class Guard(nn.Module):
     A loss or feature that is not finite (or, without fp16, a gradient) marks the run as diverged at that step: from
     then on neither weights nor momentum, EMA, bank or scale change (BatchNorm's running statistics do, in the forward),
     until the loop reads the mark and stops, before it saves anything. With fp16 a gradient that overflows skips the
-    step and halves the scale; as many as ``MAX_SKIPPED`` in a row mark the run as diverged too.
+    step and halves the scale. ``MAX_SKIPPED`` of them in a row mark the run as diverged too, and so does one at the
+    lowest scale, which no halving helps.
     """
 
     scale: Tensor
@@ -164,7 +165,7 @@ class Guard(nn.Module):
         live = self.diverged < 0
         if self.fp16:
             self.skipped.copy_(torch.where(live, torch.where(overflow, self.skipped + 1, 0), self.skipped))
-            bad = bad | (self.skipped >= MAX_SKIPPED)
+            bad = bad | (self.skipped >= MAX_SKIPPED) | (overflow & (self.scale <= SCALES[0]))
         self.diverged.copy_(torch.where(live & bad, step, self.diverged))
         keep = self.diverged < 0
         skip = overflow | ~keep
@@ -177,8 +178,8 @@ class Guard(nn.Module):
         return skip, keep
 
 
-def load_tensors(target: Mapping[str, Tensor], source: Mapping[str, Tensor], what: str) -> None:
-    """Copy every tensor in place; a missing, surplus or differently shaped one is refused by name."""
+def check_tensors(target: Mapping[str, Tensor], source: Mapping[str, Tensor], what: str) -> None:
+    """Refuse a missing or surplus tensor, or one of another shape or dtype, by name."""
     missing, surplus = sorted(target.keys() - source.keys()), sorted(source.keys() - target.keys())
     if missing or surplus:
         name, fact = (missing[0], "lacks") if missing else (surplus[0], "has an unknown")
@@ -189,6 +190,16 @@ def load_tensors(target: Mapping[str, Tensor], source: Mapping[str, Tensor], wha
                 f"resume: {what} tensor {name!r} must be {tuple(tensor.shape)}, got {tuple(source[name].shape)}; "
                 "the checkpoint belongs to another configuration"
             )
+        if tensor.dtype != source[name].dtype:
+            raise FastrexError(
+                f"resume: {what} tensor {name!r} must be {tensor.dtype}, got {source[name].dtype}; "
+                "the checkpoint belongs to another configuration"
+            )
+
+
+def load_tensors(target: Mapping[str, Tensor], source: Mapping[str, Tensor], what: str) -> None:
+    """Copy every tensor in place, once :func:`check_tensors` has found no fault."""
+    check_tensors(target, source, what)
     with torch.no_grad():
         for name, tensor in target.items():
             tensor.copy_(source[name])

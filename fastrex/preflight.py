@@ -121,7 +121,7 @@ def _probe(folder: Path) -> None:
 
 def checkpoint_bytes(trainer: Trainer) -> int:
     """Bytes of all tensors of a checkpoint."""
-    return sum(tensor.nbytes for part in trainer.parts().values() for tensor in part.values())
+    return sum(tensor.nbytes for part in trainer.part_shapes().values() for tensor in part.values())
 
 
 def disk(out: Path, config: Config, one: int, export: int, *, existing: int = 0, steps: int = 0) -> Finding:

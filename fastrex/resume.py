@@ -14,12 +14,13 @@ from torch import Tensor
 from . import checkpoint, digests, distributed, export, manifest
 from .checkpoint import Parts
 from .data.dataset import Dataset
-from .distributed import World
 from .errors import FastrexError
 from .model.resnet import match_channels
 from .optim import load_tensors
 from .step import Trainer
 
+# How long a save waits for the one before: a slow disk is waited for, one that hangs must not stall the training.
+PATIENCE_S = 60.0
 MESSAGE_BYTES = 1 << 26  # broadcast at a time: what the ranks hold beside their own state while a run is resumed
 
 
@@ -27,7 +28,8 @@ class Saving:
     """Checkpoints of a run while it trains. Rank 0 copies the state to the host and writes it in a thread.
 
     A stored checkpoint is the state at the call of :meth:`save`, whatever training does meanwhile. One is written at a
-    time. ``say`` takes lines for the log. The interpreter does not end before the thread has.
+    time. ``say`` takes lines for the log. The interpreter does not end before the thread has. ``busy``: a checkpoint is
+    being written.
     """
 
     def __init__(self, trainer: Trainer, data: Dataset, run: Path, say: Callable[[str], object]) -> None:
@@ -37,19 +39,28 @@ class Saving:
         self._writing, self._error = -1, list[BaseException]()
         self._on_disk = -1
         self._completed: int | None = None
+        self._waited = False
+        self._busy = threading.Event()
+        self.busy = self._busy.is_set
         self._pinned: dict[str, Tensor] = {}
 
-    def save(self, step: int, *, last: bool = False) -> None:
+    def save(self, step: int, *, last: bool = False, then: Callable[[], object] = lambda: None) -> None:
         """Store the state after ``step`` steps; all ranks call it.
+
+        While the write before hangs, one that may fail (``checkpoint.on_failure=continue``) is left out.
 
         Args:
             last: return when the checkpoint is on the disk, on all ranks.
+            then: with ``last``, what rank 0 does once the checkpoint is on the disk, while it is still ``busy``.
 
         Raises:
             FastrexError: the ranks hold different states (on all of them, nothing is written), or a checkpoint could
                 not be written and must be (``last``, or ``checkpoint.on_failure=stop``).
         """
         trainer, world = self.trainer, self.trainer.world
+        if not last and self.options.on_failure == "continue" and self._hangs():
+            self.say(f"no checkpoint of step {step}: that of step {self._writing} is still being written")
+            return
         self._agree(must=False)
         trainer.check_finite(step)
         parts = trainer.parts()
@@ -61,7 +72,10 @@ class Saving:
             )
         waiting = last or not self.options.background
         if world.main and self._on_disk != step:
-            self._start(step, parts, manifest.facts(trainer.config, self.data, world, step, digest), waiting)
+            facts = manifest.facts(trainer.config, self.data, world, step, digest)
+            self._start(step, parts, facts, waiting, then)
+        elif world.main and last:
+            then()
         if waiting:
             self._agree(must=last)
 
@@ -83,7 +97,15 @@ class Saving:
         except checkpoint.WriteFailed as error:
             self.say(str(error))
 
-    def _start(self, step: int, parts: Parts, state: dict[str, Any], waiting: bool) -> None:
+    def _hangs(self) -> bool:
+        """Whether the write under way does not come to an end; rank 0 waits for it, and once only."""
+        if self._thread is not None and not self._waited:
+            self._thread.join(min(PATIENCE_S, self.trainer.config.run.stall_s / 4 or PATIENCE_S))
+            self._waited = self._thread.is_alive()
+        alive = self._thread is not None and self._thread.is_alive()
+        return bool(distributed.from_main(int(alive), self.trainer.world))
+
+    def _start(self, step: int, parts: Parts, state: dict[str, Any], waiting: bool, then: Callable[[], object]) -> None:
         # Nobody changes the state while all wait for the disk: then no copy is needed.
         copy, ready = (parts, None) if waiting else self._copied(parts)
 
@@ -94,10 +116,15 @@ class Saving:
                 checkpoint.save(
                     self.run, step, copy, state, keep_last=self.options.keep_last, keep_every=self.options.keep_every
                 )
+                if waiting:
+                    then()
             except BaseException as error:
                 self._error.append(error)
+            finally:
+                self._busy.clear()
 
-        self._writing = step
+        self._writing, self._waited = step, False
+        self._busy.set()
         if waiting:
             write()
             return
@@ -167,7 +194,7 @@ def restore(
         FastrexError: all checkpoints are damaged, or the newest good one is not of this run, on all ranks alike.
     """
     world = trainer.world
-    mine = trainer.parts()
+    mine = trainer.part_shapes()
     lines, problem, found = list[str](), "", None
     if world.main:
         try:
@@ -176,6 +203,7 @@ def restore(
             if found is not None:
                 lines += manifest.check(found.state, trainer.config, data, world, run, allow_world_size_change)
                 check_parts(mine, found.parts, found.path, run)
+                trainer.objective.check(found.parts["bank"])
             elif checkpoint.had_any(run):
                 problem = (
                     f"resume: {run / 'checkpoints'} must hold a good checkpoint, all are damaged; start a new --out"
@@ -191,7 +219,10 @@ def restore(
     step = int(heard["step"])
     if step < 0:
         return 0, ["no checkpoint yet: starting from step 0"]
-    trainer.load(found.parts if world.size == 1 and found else _received(found.parts if found else None, mine, world))
+    parts, found = found.parts if found else None, None
+    trainer.load(parts if world.size == 1 and parts else _received(parts, trainer))
+    # The digest joins split rows on the host once more: what was read must not stand beside them.
+    parts = None
     loaded = digests.state_digest(trainer.parts(), manifest.digested(trainer.config, data, step))
     odd = digests.disagreement(loaded, world)
     if odd or str(loaded) != heard["digest"]:
@@ -228,17 +259,17 @@ def _kind_of(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def _received(parts: Parts | None, mine: Parts, world: World) -> dict[str, dict[str, Tensor]]:
-    """The tensors that rank 0 has read, on every rank and where ``mine`` lives, which tells names and shapes."""
-    received = {
-        stem: {
-            name: torch.empty(t.shape, dtype=t.dtype, device=t.device)
-            if parts is None
-            else parts[stem][name].to(t.device)
-            for name, t in tensors.items()
-        }
-        for stem, tensors in mine.items()
-    }
+def _received(parts: Parts | None, trainer: Trainer) -> dict[str, dict[str, Tensor]]:
+    """The tensors that rank 0 has read, on every rank: split rows on the host, all others on the device."""
+    world, mine, split = trainer.world, trainer.part_shapes(), trainer.split_parts()
+
+    def room(stem: str, name: str, like: Tensor) -> Tensor:
+        device = torch.device("cpu") if (stem, name) in split else world.device
+        return (
+            torch.empty(like.shape, dtype=like.dtype, device=device) if parts is None else parts[stem][name].to(device)
+        )
+
+    received = {stem: {name: room(stem, name, t) for name, t in tensors.items()} for stem, tensors in mine.items()}
     for group in _groups([received[stem][name] for stem in sorted(mine) for name in sorted(mine[stem])]):
         # Rows that ranks share out come on the host, which NCCL does not reach.
         boxes = [piece.to(world.device) for piece in group]
@@ -270,6 +301,8 @@ def init_from(trainer: Trainer, source: Path | str) -> str:
     own = {n: t for n, t in encoder.state_dict().items() if not n.endswith("num_batches_tracked")}
     given = {n: t for n, t in loaded.state.items() if not n.endswith("num_batches_tracked")}
     given, words = match_channels(given, own)
+    # Published weights may be in 16 bits; unlike a checkpoint's, they need not be what was saved to the bit.
+    given = {n: t.to(own[n].dtype) if n in own and t.is_floating_point() else t for n, t in given.items()}
     try:
         load_tensors(own, given, "encoder")
     except FastrexError:

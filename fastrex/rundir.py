@@ -25,6 +25,7 @@ from .errors import DivergedError, FastrexError, explain, one_line
 from .verdict import RankLost, Verdict, first_line
 
 CONFIG, STATUS, ENV, LOCK, INDEX = "config.toml", "status.json", "env.json", ".lock", "index.npz"
+MAX_STATUS = 1 << 20  # bytes of status.json and env.json
 EXIT_CODES = {"completed": 0, "failed": 1, "diverged": 3, "preempted": 75}
 
 
@@ -88,20 +89,25 @@ class RunDir:
     def __init__(self, path: Path, world: World) -> None:
         self.path, self.world = path, world
         self._lock: IO[str] | None = None
-        self._over = False
+        self._opened = self._over = False
         # The main thread and the watch's.
         self._writing = threading.Lock()
 
-    def open(self, config: Config, *, facts: Mapping[str, Any]) -> list[str]:
+    def open(self, config: Config, resuming: bool, *, facts: Mapping[str, Any]) -> list[str]:
         """Take the lock and write what the run is, while the other ranks wait. Returns lines for the log: settings that
-        a resumed run has changed."""
-        lines = self._open(config, facts) if self.world.main else []
+        a resumed run has changed.
+
+        Raises:
+            FastrexError: the directory cannot be written, or another job writes there or has begun a run meanwhile.
+        """
+        lines = self._open(config, resuming, facts) if self.world.main else []
         distributed.barrier(self.world)
+        self._opened = True
         self.world.watch.on_verdict = self.ended
         self.world.watch.way_out = "continue with --resume must"
         return lines
 
-    def _open(self, config: Config, facts: Mapping[str, Any]) -> list[str]:
+    def _open(self, config: Config, resuming: bool, facts: Mapping[str, Any]) -> list[str]:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lines = self._take()
@@ -109,8 +115,17 @@ class RunDir:
             raise FastrexError(
                 f"train: --out {self.path} cannot be written ({error.strerror}); choose another --out"
             ) from None
-        # Also of a resumed run: some settings may have been changed.
         stored = self.path / CONFIG
+        # What was decided before indexing, perhaps hours ago, another job may have decided too.
+        if not resuming and (stored.exists() or (self.path / "checkpoints").exists()):
+            self.close()
+            raise FastrexError(
+                f"train: --out must be a new or empty directory, but another job has begun a run in {self.path} "
+                "meanwhile; resume it with --resume must, or choose another"
+            )
+        for name in (CONFIG, STATUS, ENV, INDEX, "metrics.jsonl"):
+            files.sweep(self.path / name)
+        # Also of a resumed run: some settings may have been changed.
         changes = config_module.diff(config_module.read(stored), config) if stored.is_file() else []
         files.write_text(stored, config_module.to_toml(config))
         files.write_json(self.path / ENV, {**environment(), **facts})
@@ -121,7 +136,7 @@ class RunDir:
         """The lock, which the kernel takes back when this process ends, whatever its end: its file means nothing."""
         path = self.path / LOCK
         while True:
-            self._lock = lock = path.open("a+", encoding="utf-8")
+            self._lock = lock = untrusted.to_append(path, "a+")
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -146,9 +161,10 @@ class RunDir:
 
     def status(self, state: str, **facts: Any) -> None:
         """Replace status.json: ``state`` and what a program needs to know about it. Only the owner of the lock does,
-        and no more once the run has ended."""
+        and no more once the run has ended; but a run that was to stop and is saved is preempted, though ranks were
+        killed while it was written."""
         with self._writing:
-            if self._lock is None or self._over:
+            if self._lock is None or (self._over and state != "preempted"):
                 return
             self._over = state != "running"
             try:
@@ -180,10 +196,10 @@ class RunDir:
         facts = {"rank": verdict.rank, "step": verdict.step, "error": verdict.text}
         if self.world.main:
             self.status(verdict.state, **facts)
-        elif verdict.gone and verdict.rank == 0:
+        elif verdict.gone and verdict.rank == 0 and self._opened:
             with self._writing, contextlib.suppress(OSError, ValueError):
-                now = json.loads((self.path / STATUS).read_text(encoding="utf-8"))
-                if now.get("state") == "running":
+                now = untrusted.read_json(self.path / STATUS, MAX_STATUS)
+                if isinstance(now, dict) and now.get("state") == "running":
                     files.write_json(self.path / STATUS, {**now, "state": verdict.state, **facts})
 
     def close(self) -> None:
@@ -195,7 +211,7 @@ class RunDir:
 def _owner(text: str) -> str:
     """Who says in the lock's file that it has it."""
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        facts = json.loads(text)
+        facts = untrusted.parse_json(text)
         return f" (process {int(facts['pid'])} on {one_line(str(facts['host'])[:80])})"
     return ""
 
@@ -204,7 +220,7 @@ def read_status(run: Path) -> dict[str, Any]:
     """status.json, with ``state`` corrected to ``killed`` when its process is gone from this host."""
     path = run / STATUS
     try:
-        status = untrusted.read_json(path, 1 << 20)
+        status = untrusted.read_json(path, MAX_STATUS)
         if not isinstance(status, dict) or not isinstance(status.get("state"), str):
             raise ValueError(STATUS)
     except (OSError, ValueError):

@@ -33,7 +33,7 @@ from .model.multicrop import MultiCropModel, set_process_group
 from .model.norm import resolve_bn
 from .model.projector import Projector
 from .model.resnet import ResNet, build_encoder
-from .optim import Guard, Optimizer, load_tensors
+from .optim import Guard, Optimizer, check_tensors, load_tensors
 
 # torch 2.13 renamed DDP's switch for sending buffers in every forward; 2.11 and 2.12 know the old name only.
 _DDP_WORDS = inspect.signature(DistributedDataParallel).parameters
@@ -245,9 +245,17 @@ class Trainer:
         To be called by all ranks together: rows that are split over them are sent around, and come on the host.
         """
         parts = self._own_parts()
-        for part, name in self._split_parts():
+        for part, name in self.split_parts():
             parts[part][name] = self.objective.join(parts[part][name])
         return parts
+
+    def part_shapes(self) -> dict[str, dict[str, Tensor]]:
+        """:meth:`parts` as tensors without memory (device "meta"): names, dtypes and shapes; asks no other rank."""
+        parts = self._own_parts()
+        shapes = {part: {n: torch.empty_like(t, device="meta") for n, t in parts[part].items()} for part in parts}
+        for part, name in self.split_parts():
+            shapes[part][name] = shapes[part][name].new_empty(self.objective.joined_shape(parts[part][name]))
+        return shapes
 
     def _own_parts(self) -> dict[str, dict[str, Tensor]]:
         """The same without other ranks' rows."""
@@ -256,19 +264,24 @@ class Trainer:
         return {"model": self.model.state_dict(), **ema, "bank": self.objective.state_dict(), "optimizer": optimizer}
 
     def load(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take a checkpoint's tensors in place; missing, surplus or foreign ones are refused by name."""
+        """Take a checkpoint's tensors in place; missing, surplus or foreign ones, and values that the objective cannot
+        have, are refused by name before anything is changed."""
         mine = self._own_parts()
         if mine.keys() != parts.keys():
             raise FastrexError(f"resume: checkpoint must hold {', '.join(mine)}, got {', '.join(parts)}")
         given = {part: dict(tensors) for part, tensors in parts.items()}
-        for part, name in self._split_parts():
+        for part, name in self.split_parts():
             if name in given[part]:
                 given[part][name] = self.objective.own(given[part][name])
+        # All of it before any of it is loaded.
+        for part, tensors in mine.items():
+            check_tensors(tensors, given[part], part)
+        self.objective.check(given["bank"])
         for part, tensors in mine.items():
             load_tensors(tensors, given[part], part)
         self.refresh_copies()
 
-    def _split_parts(self) -> list[tuple[str, str]]:
+    def split_parts(self) -> list[tuple[str, str]]:
         """Where in the parts the rows stand that are split over ranks: the weights and their momentum."""
         weights = [("bank", name) for name in sorted(self.objective.split)]
         return [*weights, *(("optimizer", f"momentum.{name}") for name in sorted(self.split))]

@@ -29,6 +29,10 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -84,8 +88,7 @@ def load(path: str | Path, *, follow: bool = True) -> dict[str, Tensor]:
     except (OSError, ValueError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or error
         raise BadTensors(f"safetensors: {path} must be a safetensors file, it cannot be read ({reason})") from None
-    except (RuntimeError, MemoryError):
-        # The allocator's own words fill a screen.
+    except MemoryError:
         raise BadTensors(f"safetensors: {path} has {size} bytes, more than this machine can hold") from None
 
 
@@ -148,7 +151,11 @@ def _numbers(values: Any) -> bool:
 
 
 def _tensor(file: IO[bytes], entry: Entry, start: int) -> Tensor:
-    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    try:
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    except RuntimeError as error:
+        # The allocator's, whose own words fill a screen: the shape has been checked.
+        raise MemoryError from error
     if entry.end == entry.start:
         return tensor
     raw = tensor.reshape(-1).view(torch.uint8)

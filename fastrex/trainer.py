@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import shlex
 import time
 from collections import deque
@@ -15,7 +16,7 @@ import torch
 
 import fastrex_kernels
 
-from . import budget, checkpoint, distributed, export, memory, objectives, preflight, rundir, schedule, signals
+from . import budget, checkpoint, distributed, export, memory, objectives, preflight, rundir, schedule, signals, streams
 from . import resume as resume_module
 from .config import Config
 from .data.dataset import Dataset, open_dataset
@@ -24,9 +25,8 @@ from .data.loader import Batch
 from .distributed import World
 from .errors import DivergedError, FastrexError
 from .metrics import LOGGED, Log, Meter, Reading, check_writers, progress
-from .optim import MAX_SKIPPED
 from .step import Trainer, resolve_precision
-from .verdict import Stopped
+from .verdict import Interrupted, RankLost, Stopped
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,27 @@ def train(
     """
     if max_steps is not None and max_steps < 1:
         raise FastrexError(f"train: --max-steps must be at least 1, got {max_steps}")
-    with signals.noted() as asked, distributed.world(device) as world:
+    try:
+        return _run(config, out, resume, init_from, max_steps, device, allow_world_size_change)
+    except Interrupted as early:
+        streams.say(f"fastrex: train: {early}")
+    except RankLost as early:
+        if early.verdict.state != "preempted":
+            raise
+        streams.say(f"fastrex: {early}")
+    return Result(Path(out or "."), "preempted", 0)
+
+
+def _run(
+    config: Config | None,
+    out: Path | str | None,
+    resume: str,
+    init_from: Path | str | None,
+    max_steps: int | None,
+    device: str,
+    allow_world_size_change: bool,
+) -> Result:
+    with signals.noted(at_once=True) as asked, distributed.world(device) as world:
         world.watch.command, world.watch.wanted = "train", lambda: bool(asked)
         world.watch.mark(0, "opening the data")
         config = None if config is None else resolve(config, world)
@@ -93,12 +113,16 @@ def train(
         facts = {"world_size": world.size, "device": str(world.device), "classes": len(data.classes)}
         with contextlib.ExitStack() as closing:
             closing.callback(run.close)
-            notices += run.open(config, facts=facts)
+            # From here on there is a run that a stop signal leaves in order.
+            asked.at_once = False
             try:
-                if world.main and data.index is not None and not resuming:
-                    save_index(data.index, path / rundir.INDEX)
-                result = _train(trainer, data, run, resuming, allow_world_size_change, max_steps, notices, closing)
-                trainer.close()
+                # Inside of run.failed: that is to hear the reason, not the echo of another rank's end.
+                with world.watch.explaining():
+                    notices += run.open(config, resuming, facts=facts)
+                    if world.main and data.index is not None and not resuming:
+                        save_index(data.index, path / rundir.INDEX)
+                    result = _train(trainer, data, run, resuming, allow_world_size_change, max_steps, notices, closing)
+                    trainer.close()
                 return result
             except BaseException as error:
                 run.failed(error)
@@ -129,21 +153,24 @@ def _train(
         log.line(line)
     saving = resume_module.Saving(trainer, data, run.path, log.line)
     closing.callback(saving.close)
-    world.watch.guard(config.run.stall_s, start)
+    world.watch.busy = saving.busy
+    world.watch.guard(config.run.stall_s or math.inf, start)
     step, state, metrics = _loop(trainer, data, plan, run, saving, log, start, stop)
     world.watch.guard(0)
     if state == "preempted":
         run.status(state, step=step)
         way_on = f"fastrex train --out {shlex.quote(str(run.path))} --resume must"
         log.line(f"preempted at step {step}; continue with: {way_on}")
+        # A launcher may end rank 0 with the first rank that leaves.
+        distributed.barrier(world)
         return Result(run.path, state, step, metrics)
     encoder = run.path / "export"
     if world.main:
         export.export(checkpoint.folder(run.path, step), encoder, "hf", facts=metrics, overwrite=True)
-    distributed.barrier(world)
     run.status(state, step=step, metrics=metrics, encoder=str(encoder))
     for line in _closing(metrics, encoder):
         log.line(line)
+    distributed.barrier(world)
     return Result(run.path, state, step, metrics, encoder)
 
 
@@ -160,7 +187,12 @@ def _loop(
     """Run steps ``start`` to ``stop``; return (steps done, completed or preempted, last evaluation)."""
     config, world, watch, per_epoch = trainer.config, trainer.world, trainer.world.watch, data.steps_per_epoch
     meter, readings = Meter(), deque[Reading]()
-    step, results, evaluated = start, dict[str, float](), -1
+    step, results, evaluated, saved = start, dict[str, float](), -1, -1
+
+    def left_over(step: int) -> bool:
+        # Stopped right after the last step, only the evaluation is missing, if there is one.
+        return step < stop or data.held_out > 0
+
     leave = watch.boundary()
     due = bool(start) and look_at(config, data, start) and not leave
     if due and not distributed.from_main(int(log.evaluated(start)), world):
@@ -208,7 +240,8 @@ def _loop(
                 _report(trainer, log, readings.popleft(), stop, per_epoch, run.path)
             if save or last or leave:
                 watch.mark(step, "saving")
-                saving.save(step, last=last or leave)
+                _save(saving, run, step, last or leave, preempted=leave and left_over(step))
+                saved = step if last or leave else saved
             if look and not leave:
                 results, leave = _evaluate(trainer, data, log, step)
                 evaluated = step
@@ -221,11 +254,15 @@ def _loop(
         raise RuntimeError(f"train: the loader must give batches up to step {stop}, it ended at step {step}")
     if not leave and evaluated != step and data.held_out:
         results, leave = _evaluate(trainer, data, log, step)
-    # One that was written in the background, or fell due only now.
-    saving.save(step, last=True)
-    # Stopped right after the last step: only the evaluation is missing, if there is one.
-    preempted = leave and (step < stop or data.held_out > 0)
+    preempted = leave and left_over(step)
+    if saved != step:  # one that was written in the background, or fell due only now
+        _save(saving, run, step, last=True, preempted=preempted)
     return step, "preempted" if preempted else "completed", results
+
+
+def _save(saving: resume_module.Saving, run: rundir.RunDir, step: int, last: bool, preempted: bool) -> None:
+    """Once the checkpoint of a stop is on the disk the run is preempted, whatever becomes of the ranks that leave."""
+    saving.save(step, last=last, then=lambda: run.status("preempted", step=step) if preempted else None)
 
 
 def _tell(trainer: Trainer, log: Log) -> None:
@@ -284,14 +321,15 @@ def _report(trainer: Trainer, log: Log, reading: Reading, stop: int, per_epoch: 
         return
     kept = checkpoint.steps(run)
     way_out = f"the last good checkpoint is step {kept[-1]}" if kept else "no checkpoint was written yet"
-    if skipped < MAX_SKIPPED:
+    # Values gone bad are no overflow, and set the count back.
+    if not skipped:
         raise DivergedError(
             f"train: loss, features and gradients must be finite, got NaN or inf at step {diverged}; {way_out}; "
             "lower optim.lr, lengthen optim.warmup_epochs or use --precision fp32"
         )
     raise DivergedError(
-        f"train: fp16 gradients must be finite, got {skipped} overflows in a row up to step {diverged}; {way_out}; "
-        "use --precision bf16 or fp32"
+        f"train: fp16 gradients must be finite, got an overflow at step {diverged} (in a row: {skipped}, loss scale: "
+        f"{values['loss_scale']:g}); {way_out}; use --precision bf16 or fp32"
     )
 
 

@@ -1,5 +1,4 @@
-"""Reading small files that somebody else may have written: regular ones of bounded size, JSON and TOML without
-surprises.
+"""Files that somebody else may have put there: regular ones of bounded size, JSON and TOML without surprises.
 
 Standard library only. What is refused is a ``ValueError`` (the caller knows what the file is for and what the way out
 is), what the system refuses an ``OSError``; nothing else is raised.
@@ -9,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import math
 import os
+import re
 import stat
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 MAX_DEPTH = 64
 MAX_ITEMS = 1_000_000
@@ -26,8 +27,31 @@ DEEP = f"its values are nested more than {MAX_DEPTH} deep"
 OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
 
+def to_append(path: Path, mode: Literal["a", "a+"] = "a") -> IO[str]:
+    """A text file (UTF-8), made if need be, to write at its end; never through a link, which could lead to any file of
+    this user, and never a pipe or device.
+
+    Raises:
+        OSError: also where a link or something else than a file stands there; its words name the file.
+    """
+    try:
+        return open(path, mode, encoding="utf-8", opener=_owned)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EINVAL):
+            raise
+        raise OSError(errno.EINVAL, f"its {path.name} is a link or no regular file", str(path)) from None
+
+
+def _owned(path: str, flags: int) -> int:
+    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    return handle
+
+
 @contextlib.contextmanager
-def opened(path: str | Path, *, follow: bool = True) -> Iterator[IO[bytes]]:
+def opened(path: str | Path, *, follow: bool = True) -> Iterator[io.BufferedReader]:
     """A regular file, to read; never a pipe or a device, which could keep its reader waiting for ever.
 
     follow: also through a link in the last part of the path.
@@ -71,15 +95,36 @@ def parse_json(text: str, *, items: int = MAX_ITEMS) -> Any:
 
     What passes can be compared, printed and converted without further care. Names may hold any character.
     """
-    # Every value but the first stands behind one of these: the parser's memory is bounded before it begins.
-    if text.count(",") + text.count("[") + text.count("{") > items:
-        raise ValueError(f"it holds more than {items} values")
+    _check_items(text, items)
     try:
         content = _DECODER.decode(text)
     except RecursionError:
         raise ValueError(DEEP) from None
     _check(content)
     return content
+
+
+def check_json(text: str, limit: int, items: int) -> None:
+    """For whoever writes JSON: ValueError where :func:`read_json` with the same limits would find it too large."""
+    if (size := len(text.encode("utf-8"))) > limit:
+        raise ValueError(f"it has {size} bytes, more than {limit}")
+    _check_items(text, items)
+
+
+def _check_items(text: str, items: int) -> None:
+    """Before the parser takes memory for the values."""
+    # Every value but the first stands behind one of these. Names full of commas are rare: count them all first.
+    if sum(map(text.count, _SIGNS)) <= items:
+        return
+    count = end = 0
+    for number, string in enumerate(_STRING.finditer(text)):
+        count += sum(text.count(sign, end, string.start()) for sign in _SIGNS)
+        end = string.end()
+        # Of an object's value and name each is a string.
+        if count > items or number > 2 * items:
+            raise ValueError(f"it holds more than {items} values")
+    if count + sum(text.count(sign, end) for sign in _SIGNS) > items:
+        raise ValueError(f"it holds more than {items} values")
 
 
 def parse_toml(text: str) -> dict[str, Any]:
@@ -125,4 +170,7 @@ def _constant(word: str) -> float:
     raise ValueError(f"{word} is no number in JSON")
 
 
+_SIGNS = ",[{"
+# To the end of the text where a string is not closed, so that no quote is looked at twice.
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_float, parse_constant=_constant)

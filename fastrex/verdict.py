@@ -1,8 +1,7 @@
-"""What the watch knows of a rank and what it concludes, as words and as messages. Standard library only."""
+"""What the watch knows of a rank and what it concludes. Standard library only."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -46,56 +45,17 @@ class Stopped(Exception):
     """All ranks have agreed to stop in the middle of something that can be left."""
 
 
-def stall(places: Mapping[int, Place], what: str, rest: str) -> Verdict:
-    """Who is furthest behind: that is what the others wait for. ``what`` and ``rest``: the message around it."""
-    order = {rank: (place.ticks, place.collectives) for rank, place in places.items()}
-    behind = [rank for rank in sorted(order) if order[rank] == min(order.values())]
-    place = places[behind[0]]
-    if len(behind) == len(places):
-        return Verdict(f"{what}all ranks wait for one another {place}{rest}", -1, place.step, stalled=True)
-    names = ", ".join(f"rank {rank}" for rank in behind[:4]) + (", ..." if len(behind) > 4 else "")
-    text = f"{what}{names} {'hangs' if len(behind) == 1 else 'hang'} {place} and the others wait{rest}"
-    return Verdict(text, behind[0] if len(behind) == 1 else -1, place.step, stalled=True)
+class Interrupted(BaseException):
+    """A stop signal, before there was anything to save."""
+
+
+def failure(command: str, rank: int, place: Place, text: str, state: str) -> Verdict:
+    """What a rank's error ends the job with."""
+    how = "stopped" if state == "preempted" else "failed"
+    return Verdict(f"{command}: rank {rank} {how} {place}: {text}", rank, place.step, state)
 
 
 def first_line(error: BaseException) -> str:
     """An error in one line of bounded length, with its kind unless it explains itself."""
     text = (str(error).strip().splitlines() or ["no message"])[0][:1000]
-    return text if isinstance(error, FastrexError) else f"{type(error).__name__}: {text}"
-
-
-# What arrives over the network is data of the wrong type until it was looked at; all of these raise ValueError.
-
-
-def read_place(fact: object) -> Place:
-    """A place that a rank has sent."""
-    if not isinstance(fact, list) or len(fact) != 4:
-        raise ValueError("no place")
-    return Place(whole(fact[0]), whole(fact[1]), words(fact[2])[:80], whole(fact[3]))
-
-
-def read_verdict(fact: object) -> Verdict:
-    """A verdict that rank 0 has sent."""
-    if not isinstance(fact, dict):
-        raise ValueError("no verdict")
-    flags = {name: fact.get(name) is True for name in ("gone", "stalled")}
-    return Verdict(words(fact.get("text")), whole(fact.get("rank")), whole(fact.get("step")), outcome(fact), **flags)
-
-
-def outcome(message: Mapping[str, object]) -> str:
-    """What a rank's error makes of the run."""
-    return "diverged" if message.get("state") == "diverged" else "failed"
-
-
-def whole(fact: object) -> int:
-    """A whole number."""
-    if type(fact) is not int:
-        raise ValueError("no whole number")
-    return fact
-
-
-def words(fact: object) -> str:
-    """Text for a terminal: nothing in it moves the cursor."""
-    if not isinstance(fact, str):
-        raise ValueError("no text")
-    return "".join(c if c.isprintable() else " " for c in fact)
+    return text if isinstance(error, FastrexError | Interrupted) else f"{type(error).__name__}: {text}"

@@ -4,8 +4,9 @@ Every rank holds one TCP connection to rank 0 and a thread that listens on it. W
 its kernel closes the connection, and a rank that has not said goodbye is dead. No timeout is involved: nobody is taken
 for dead who is only busy. Only a host that does not answer at all for ``LOST_S`` is lost. A hang has no such sign:
 ranks count their progress, and when nobody's count moves for ``run.stall_s``, the one that is furthest behind is what
-the others wait for. What rank 0 concludes (a :class:`Verdict`) goes to all. A main thread that sits in a collective
-cannot act on it, so the thread ends the process a moment later. A single process needs none of this.
+the others wait for; a rank whose very thread says nothing is frozen (:mod:`fastrex.stall`). What rank 0 concludes (a
+:class:`Verdict`) goes to all. A main thread that sits in a collective cannot act on it, so the thread ends the process
+a moment later, or when the checkpoint that is being written is complete. A single process needs none of this.
 
 The connections also carry the agreement on where to stop (:mod:`fastrex.agreement`). No message means more than its
 text and numbers, and none is taken from a stranger: a random token, told through the job's store, opens the door. It
@@ -17,10 +18,7 @@ Standard library only, and no call to the device: this must work when nothing el
 from __future__ import annotations
 
 import contextlib
-import faulthandler
-import json
 import os
-import secrets
 import selectors
 import socket
 import threading
@@ -29,12 +27,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, NoReturn
 
+from . import ending
 from .agreement import Agreement
+from .door import Door, Store, announce, enter
 from .errors import DivergedError, FastrexError
-from .lifeline import Door, Gone, Lifeline, Lost, Store, addresses, dial
-from .verdict import Place, RankLost, Verdict, first_line, outcome, read_place, read_verdict, stall, whole, words
+from .lifeline import Gone, Lifeline, Lost
+from .messages import outcome, read_place, read_verdict, whole, words
+from .stall import Clock
+from .verdict import Interrupted, Place, RankLost, Verdict, failure, first_line
 
-KEY = "fastrex/watch"
 POLL_S, BEAT_S = 0.2, 1.0
 # A host that does not answer for so long is lost.
 LOST_S = float(os.environ.get("FASTREX_LOST_S", "30"))
@@ -42,15 +43,18 @@ LOST_S = float(os.environ.get("FASTREX_LOST_S", "30"))
 GRACE_S, LEAVE_S = 3.0, 60.0
 # How long an error of a collective waits for the verdict that explains it; shorter than the grace of the others.
 EXPLAIN_S = 3.0
-# The first step compiles, tunes and connects.
-FIRST_S = 600.0
+# How long the end of a process waits for a checkpoint that is being written, and a verdict for being written down.
+BUSY_S, NOTE_S = 600.0, 2.0
+# What rank 0 can listen to.
+WORDS_PER_S = 250
 
 
 class Watch:
     """One rank's end. Made for a single process it only counts.
 
     What the training sets: ``wanted`` (is this rank asked to stop), ``on_verdict`` (called by the watch's thread),
-    ``collectives`` (how many this rank has issued; called by the thread), ``command`` and ``way_out`` for the messages.
+    ``collectives`` (how many this rank has issued; called by the thread), ``busy`` (is a checkpoint being written that
+    the end of this process should wait for; called by the thread), ``command`` and ``way_out`` for the messages.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
@@ -58,6 +62,7 @@ class Watch:
         self.wanted: Callable[[], bool] = lambda: False
         self.on_verdict: Callable[[Verdict], object] = lambda verdict: None
         self.collectives: Callable[[], int] = lambda: -1
+        self.busy: Callable[[], bool] = lambda: False
         self.command, self.way_out = "ranks", ""
         self.job = ""  # a name for this start of this job, the same on all ranks
         self.verdict: Verdict | None = None
@@ -71,10 +76,13 @@ class Watch:
         self._asked = False
         self._decided, self._complete = threading.Event(), threading.Event()
         self._deciding = threading.Lock()
-        self._hard_end, self._own_error = float("inf"), ""
-        self._told = self._beat = self._moved = time.monotonic()
-        self._stall_s, self._first_step = 0.0, 0
-        self._seen: dict[int, Place] = {}
+        self._hard_end = self._latest_end = float("inf")
+        self._own_error = ""
+        self._unsaid: Verdict | None = None
+        self._told = self._beat = time.monotonic()
+        # Few ranks tell at once and every second; of many, rank 0 hears no more than it can listen to.
+        self._beat_s = max(BEAT_S, size / WORDS_PER_S)
+        self.clock = Clock(LOST_S)
         self._closing = False
         self._own: tuple[selectors.BaseSelector | socket.socket, ...] = ()
         self._thread: threading.Thread | None = None
@@ -98,48 +106,25 @@ class Watch:
         self._own = (self._selector, self._alarm, self._bell)
         self._selector.register(self._alarm, selectors.EVENT_READ, self._rung)
         if self.rank == 0:
-            self._open(store, master, everywhere)
+            self._door = Door(self._selector, self.size, everywhere, LOST_S, self._welcome)
+            self.job = announce(self._door, store, master, everywhere)
         else:
-            self._connect(store, master, time.monotonic() + patience_s)
+            line, said, self.job = enter(self.rank, store, master, patience_s, LOST_S, self.command)
+            self._selector.register(line.socket, selectors.EVENT_READ)
+            self._welcome(0, line, said)
         self._thread = threading.Thread(target=self._run, name="fastrex-watch", daemon=True)
         self._thread.start()
         deadline = time.monotonic() + patience_s
         while self.rank == 0 and not self._complete.wait(POLL_S):
             self.check()
+            if self._door is not None and self._door.problem:
+                raise FastrexError(f"{self.command}: {self._door.problem}")
             if time.monotonic() > deadline:
                 missing = sorted(self._door.missing) if self._door is not None else []
                 raise FastrexError(
                     f"{self.command}: all {self.size} ranks must come within {patience_s:.0f} s, got no word from rank "
                     f"{', '.join(map(str, missing[:8]))}{', ...' if len(missing) > 8 else ''}; look at their output"
                 )
-
-    def _open(self, store: Store, master: str, everywhere: bool) -> None:
-        self._door = door = Door(self._selector, self.size, everywhere, LOST_S, self._welcome)
-        mine = [a for a in [os.environ.get("FASTREX_WATCH_ADDRESS")] if a]
-        mine += addresses(master) if everywhere else ["127.0.0.1"]
-        self.job = secrets.token_hex(8)
-        facts = {"port": door.port, "addresses": mine, "token": door.token, "proof": door.proof, "job": self.job}
-        store.set(KEY, json.dumps(facts))
-
-    def _connect(self, store: Store, master: str, deadline: float) -> None:
-        # torchrun keeps the store over a restart: what it says may be of ranks that are gone, until rank 0 replaces it.
-        while True:
-            facts = json.loads(store.get(KEY))
-            where = list(dict.fromkeys([*facts["addresses"], master]))
-            hello = {"kind": "hello", "rank": self.rank, "token": facts["token"]}
-            if (found := dial(where, facts["port"], hello, facts["proof"], LOST_S)) is not None:
-                break
-            if time.monotonic() > deadline:
-                raise FastrexError(
-                    f"{self.command}: rank {self.rank} must reach rank 0 on port {facts['port']} of one of "
-                    f"{', '.join(where)}; let the hosts talk on all ports, as gloo and NCCL need, or name the right "
-                    "address of rank 0's host in FASTREX_WATCH_ADDRESS"
-                )
-            time.sleep(POLL_S)
-        self.job = str(facts["job"])
-        line, said = found
-        self._selector.register(line.socket, selectors.EVENT_READ)
-        self._welcome(0, line, said)
 
     def bye(self) -> None:
         """This rank's end is not an accident any more."""
@@ -162,8 +147,8 @@ class Watch:
     def mark(self, step: int, doing: str) -> None:
         """Progress: ``step`` steps are done and this comes next. All ranks mark the same things in the same order."""
         self.place = Place(self.place.ticks + 1, step, doing)
-        # Few ranks tell at once; of more, rank 0 hears about 250 words a second.
-        if self._peers and time.monotonic() - self._told >= max(0, self.size - 8) / 250:
+        self.clock.doing(doing)
+        if self._peers and time.monotonic() - self._told >= max(0, self.size - 8) / WORDS_PER_S:
             self._tell()
 
     def again(self) -> None:
@@ -171,10 +156,10 @@ class Watch:
         self.mark(self.place.step, self.place.doing)
 
     def guard(self, stall_s: float, first_step: int = 0) -> None:
-        """From now on, no progress of any rank for ``stall_s`` seconds (0: for ever) ends the job; until ``first_step``
-        is done there is more time."""
-        self._moved = time.monotonic()
-        self._stall_s, self._first_step = stall_s, first_step
+        """From now on, no progress of any rank for ``stall_s`` seconds ends the job; until ``first_step`` is done, and
+        for whatever else is done for the first time, there is more time. 0: only a rank that is frozen does; infinity:
+        not even that."""
+        self.clock.guard(stall_s, first_step)
 
     def boundary(self) -> bool:
         """Pass a place where the ranks can stop; True on all of them at the same one.
@@ -222,11 +207,11 @@ class Watch:
 
     def _fail(self, error: BaseException) -> None:
         """Tell the others and go; waits until rank 0 has heard it."""
-        text, state = first_line(error), "diverged" if isinstance(error, DivergedError) else "failed"
+        states = {DivergedError: "diverged", Interrupted: "preempted"}
+        text, state = first_line(error), states.get(type(error), "failed")
         self._leave(text)
         if self.rank == 0:
-            place = self.place
-            self._decide(Verdict(f"{self.command}: rank 0 failed {place}: {text}", 0, place.step, state))
+            self._decide(failure(self.command, 0, self.place, text, state))
         elif 0 in self._peers:
             self._tell()
             self._peers[0].send(kind="failed", text=text, state=state)
@@ -235,7 +220,11 @@ class Watch:
     def _leave(self, text: str) -> None:
         """The main thread is on its way out."""
         self._own_error = text or self._own_error or "left"
-        self._hard_end = time.monotonic() + LEAVE_S
+        self._end_in(LEAVE_S)
+
+    def _end_in(self, seconds: float) -> None:
+        self._hard_end = time.monotonic() + seconds
+        self._latest_end = self._hard_end + BUSY_S
 
     # The thread.
 
@@ -245,6 +234,11 @@ class Watch:
                 for key, _ in self._selector.select(POLL_S):
                     key.data()
                 self._look(time.monotonic())
+        except BaseException as error:
+            # A rank that nobody watches could hang for ever.
+            if not self._closing:
+                self._own_error = f"{self.command}: the watch failed: {first_line(error)}"
+                self._end()
         finally:
             self._agreement.give_up()
 
@@ -258,9 +252,13 @@ class Watch:
             self._alarm.recv(4096)
 
     def _look(self, now: float) -> None:
+        self.clock.looked(now)
+        if now < self._latest_end < float("inf") and self.busy():
+            # And time to say so, once it is complete.
+            self._hard_end = max(self._hard_end, now + GRACE_S)
         if now > self._hard_end:
             self._end()
-        if now - self._beat > BEAT_S:
+        if now - self._beat > self._beat_s:
             self._beat = now
             self._tell()
             self._notice_stall(now)
@@ -290,6 +288,7 @@ class Watch:
 
     def _welcome(self, rank: int, line: Lifeline, said: Sequence[dict[str, Any]]) -> None:
         self._peers = {**self._peers, rank: line}
+        self.clock.heard(rank)
         self._selector.modify(line.socket, selectors.EVENT_READ, lambda: self._read(rank))
         if len(self._peers) == self.size - 1:
             self._complete.set()
@@ -299,6 +298,7 @@ class Watch:
         """Take what a rank has ``said`` already and what there is to read."""
         try:
             for message in (*said, *self._peers[rank].receive()):
+                self.clock.heard(rank)
                 self._heard(rank, message)
             return
         except Gone:
@@ -340,8 +340,7 @@ class Watch:
             self._agreement.settle(whole(message.get("count")))
         elif kind == "failed" and self.rank == 0:
             place = self._places.get(rank, Place())
-            text = f"{self.command}: rank {rank} failed {place}: {words(message.get('text'))}"
-            self._decide(Verdict(text, rank, place.step, outcome(message)))
+            self._decide(failure(self.command, rank, place, words(message.get("text")), outcome(message)))
         elif kind == "verdict" and self.rank:
             self._decide(read_verdict(message.get("verdict")))
 
@@ -361,16 +360,11 @@ class Watch:
             self._agreement.settle(last)
 
     def _notice_stall(self, now: float) -> None:
-        if self.rank or not self._stall_s or self.verdict is not None:
-            return
-        known = {**self._places, 0: self._here()}
-        places = {rank: known.get(rank, Place()) for rank in range(self.size) if rank not in self._done}
-        if places != self._seen:
-            self._seen, self._moved = places, now
-        limit = self._stall_s if self.place.step > self._first_step else max(self._stall_s, FIRST_S)
-        if now - self._moved > limit:
-            what = f"{self.command}: no rank made progress for {limit:g} s; "
-            self._decide(stall(places, what, self._stop_words))
+        places = {**self._places, self.rank: self._here()}
+        if self.rank == 0:
+            places = {rank: places.get(rank, Place()) for rank in range(self.size) if rank not in self._done}
+        if found := self.clock.judge(now, self.rank, places, self._done, self.command, self._stop_words):
+            self._decide(found)
 
     def _decide(self, verdict: Verdict) -> None:
         """The first verdict holds."""
@@ -378,21 +372,29 @@ class Watch:
             if self.verdict is not None:
                 return
             self.verdict = verdict
-            self._hard_end = min(self._hard_end, time.monotonic() + GRACE_S)
-            if self._own_error:
-                self._hard_end = time.monotonic() + LEAVE_S
+            self._end_in(LEAVE_S if self._own_error else GRACE_S)
         if self.rank == 0:
             for line in self._peers.values():
                 line.send(kind="verdict", verdict=asdict(verdict))
-        if verdict.stalled:
-            os.write(2, f"rank {self.rank}: its threads, the latest call first:\n".encode())
-            faulthandler.dump_traceback(file=2, all_threads=True)
-        self.on_verdict(verdict)
         self._agreement.give_up()
         self._decided.set()
+        if verdict.stalled:
+            ending.stacks(f"rank {self.rank}: its threads, the latest call first:\n")
+        if self.busy():
+            # The checkpoint under way may yet complete what the run was asked for.
+            self._unsaid = verdict
+        else:
+            self._note(verdict)
+
+    def _note(self, verdict: Verdict) -> None:
+        """The file system that it goes to may hang: the end of the process must not."""
+        ending.aside(lambda: self.on_verdict(verdict), NOTE_S)
 
     def _end(self) -> NoReturn:
         """The main thread cannot act: it sits in a collective, or waits for a thread that does."""
+        if self._unsaid is not None:
+            self._note(self._unsaid)
         text = self.verdict.text if self.verdict is not None else self._own_error
-        os.write(2, f"fastrex: error [rank {self.rank}]: {text}\n".encode())
-        os._exit(1)
+        preempted = self.verdict is not None and self.verdict.state == "preempted"
+        kind = "" if preempted else " error"
+        ending.end(f"fastrex:{kind} [rank {self.rank}]: {text}\n", ending.PREEMPTED if preempted else 1)

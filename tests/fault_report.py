@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 FAULT, ENDED = "fault", "ended"
-ANNOUNCED = re.compile(r"""report\(\s*["'](T\d\d)["'],\s*f?["']([^"']+)["']""")
+ANNOUNCED = re.compile(r"""report\(\s*["']([\w?-]+)["'],\s*f?["']([^"']+)["']""")
 
 
 def announced(item: pytest.Item) -> list[tuple[str, str]]:

@@ -4,7 +4,10 @@
 ...; default nan) on rank ``rank`` (default: all). W: ``loss``; ``features`` or ``ema``, one element of the online or
 the momentum features; ``row``, a whole row of online features; ``image``, one value of a crop; ``grad``, one element of
 one parameter's gradient before the ranks' average (``name=`` of the parameter, default: the first); ``grads``, one of
-every parameter's; ``statistics``, a running variance after the step, which no loss sees.
+every parameter's; ``statistics``, a running variance after the step, which no loss sees. With ``calls=N`` only in the
+first N of a step's calls, those of its first micro-batches.
+
+``joins:folder=F``: each rank writes before its first step how often it has joined rows that are split over ranks.
 
 ``watch:folder=F,step=S,until=U``: each rank writes what its state was before and after those steps.
 
@@ -35,18 +38,22 @@ RANK = int(os.environ.get("RANK", "0"))
 
 
 def clock(words: Words) -> Now:
-    """Whether the step that runs is one of those that ``words`` name."""
+    """Whether the step that runs is one of those that ``words`` name; ``calls``: so many times a step at most."""
     first = int(words["step"])
     last = int(words.get("until", first + 1))
-    running = [-1]
+    running, left = [-1], [0.0]
     original = step_module.Trainer.step
 
     def step(self: Any, number: int, *arguments: Any, **named: Any) -> Any:
-        running[0] = number
+        running[0], left[0] = number, float(words.get("calls", "inf"))
         return original(self, number, *arguments, **named)
 
+    def now() -> bool:
+        left[0] -= 1
+        return first <= running[0] < last and left[0] >= 0
+
     step_module.Trainer.step = step  # type: ignore[method-assign]
-    return lambda: first <= running[0] < last
+    return now
 
 
 def spoilt(x: Tensor, value: float) -> Tensor:
@@ -194,8 +201,32 @@ def loaded(words: Words) -> None:
     step_module.Trainer.load = load  # type: ignore[method-assign]
 
 
+def joins(words: Words) -> None:
+    kind, first, count = objectives.lookup("cosine_softmax"), [True], [0]
+    original, original_step = kind.join, step_module.Trainer.step
+
+    def join(self: Any, rows: Tensor) -> Tensor:
+        count[0] += 1
+        return original(self, rows)
+
+    def step(self: Any, *arguments: Any) -> Any:
+        if first[0]:
+            (Path(words["folder"]) / f"joins-{RANK}.txt").write_text(str(count[0]), encoding="utf-8")
+        first[0] = False
+        return original_step(self, *arguments)
+
+    kind.join = join  # type: ignore[method-assign]
+    step_module.Trainer.step = step  # type: ignore[method-assign]
+
+
 def apart(words: Words) -> None:
     step_module.set_process_group = lambda model, group: None  # type: ignore[assignment]
 
 
-PATCHES: dict[str, Callable[[Words], None]] = {"bad": bad, "watch": watch, "loaded": loaded, "apart": apart}
+PATCHES: dict[str, Callable[[Words], None]] = {
+    "bad": bad,
+    "watch": watch,
+    "loaded": loaded,
+    "joins": joins,
+    "apart": apart,
+}

@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastrex import checkpoint
+from fastrex import checkpoint, files
 
 
 def parts(value: float = 1.0) -> dict[str, dict[str, torch.Tensor]]:
@@ -103,6 +104,48 @@ def test_saving_a_step_again_is_harmless(tmp_path: Path) -> None:
     assert write(tmp_path, 3) == first
     assert good(tmp_path) == 3
     assert (tmp_path / "checkpoints" / "bad.step-00000003").is_dir()
+
+
+def test_a_checkpoint_of_another_state_does_not_pass_for_this_one(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 3, parts(1.0), {"digest": "1"}, keep_last=2)
+    path = checkpoint.save(tmp_path, 3, parts(2.0), {"digest": "2"}, keep_last=2)
+    assert checkpoint.state_hash(checkpoint.load(path)[0]) == checkpoint.state_hash(parts(2.0))
+    aside, state = checkpoint.load(tmp_path / "checkpoints" / "bad.step-00000003")
+    assert (checkpoint.state_hash(aside), state["digest"]) == (checkpoint.state_hash(parts(1.0)), "1")
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EBADF, errno.EACCES])
+def test_a_file_system_that_flushes_no_folders_will_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    original = os.fsync
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(code, os.strerror(code))
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write(tmp_path, 1)
+    files.write_text(tmp_path / "file", "whole")
+    assert good(tmp_path) == 1
+    # A file that cannot be flushed is an error as ever.
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(code, "")))
+    with pytest.raises(OSError):  # noqa: PT011
+        files.sync(tmp_path / "file")
+
+
+def test_what_killed_writers_of_a_file_left_is_swept(tmp_path: Path) -> None:
+    name = "index.npz"
+    left = [f".{name}.77-01234567", f".{name}.78-89abcdef.npz"]
+    others = [f".{name}.swp", f".my{name}.77-01234567", ".status.json.77-01234567", f".{name}.77-0123456"]
+    for other in (*left, *others):
+        (tmp_path / other).touch()
+    os.utime(tmp_path / left[0], (0, 0))
+    files.sweep(tmp_path / name, 600)
+    assert {p.name for p in tmp_path.iterdir()} == {left[1], *others}
+    files.sweep(tmp_path / name)
+    assert {p.name for p in tmp_path.iterdir()} == set(others)
 
 
 def flip(path: Path) -> None:

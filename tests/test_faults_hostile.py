@@ -13,6 +13,7 @@ import pickle
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import struct
@@ -31,13 +32,14 @@ from conftest import SETTINGS
 from PIL import Image
 from test_foreign import Bomb, backbone, rewrite
 
-from fastrex import checkpoint, export, foreign, layouts, metrics, objectives, rundir, tensorfile, untrusted
+from fastrex import checkpoint, export, foreign, health, layouts, metrics, objectives, rundir, tensorfile, untrusted
 from fastrex import config as config_module
 from fastrex.data import columns as stored_columns
 from fastrex.data import index as index_module
 from fastrex.data import reader, shards, tars
 from fastrex.data.index import Index
 from fastrex.data.lists import find_list
+from fastrex.distributed import World
 from fastrex.errors import FastrexError
 from fastrex.model.resnet import ResNet
 
@@ -270,6 +272,11 @@ class Export(Target):
         source = export.load_source(self.path)
         assert source.arch["arch"] == "resnet18" or source.arch["arch"].startswith("timm:")
         source.settings()
+        again = self.folder / "again"
+        try:
+            assert export.load_source(export.export(self.path, again, to="hf")).arch == source.arch
+        finally:
+            shutil.rmtree(again, ignore_errors=True)
 
 
 def add(file: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -440,6 +447,15 @@ TARGETS = (
 SLOW = (Manifest, Export, StoredConfig)
 
 
+def checked_before(error: BaseException) -> None:
+    """Not the limit on memory may have refused the file, but a look at what it claims."""
+    chain: list[BaseException] = [error]
+    for one in chain:
+        assert not isinstance(one, MemoryError), error
+        assert not (isinstance(one, RuntimeError) and "allocate" in str(one)), error
+        chain += [other for other in (one.__cause__, one.__context__) if other is not None and other not in chain]
+
+
 def attack(target: Target, seed: int, count: int) -> tuple[int, int]:
     """(refused, read) of ``count`` damaged files; anything but our own error is a failure that names its seed."""
     refused = 0
@@ -449,6 +465,11 @@ def attack(target: Target, seed: int, count: int) -> tuple[int, int]:
             target.read()
         except FastrexError as error:
             refused += 1
+            try:
+                checked_before(error)
+            except AssertionError as late:
+                late.add_note(f"{type(target).__name__}, seed {seed}, number {number}")
+                raise
             if len(str(error)) > 100_000:
                 raise AssertionError("an error of more than a screen") from error
         except BaseException as error:
@@ -508,38 +529,116 @@ def doubled_tuples(levels: int) -> bytes:
 
 
 COLLIDING = b"".join(b"\x8a\x0b" + (k * (2**61 - 1)).to_bytes(11, "little") + b"N" for k in range(1, 40_000))
-PICKLES = {
+
+
+def downward_lists(levels: int) -> bytes:
+    """A list that gets another twice, which then gets another twice, and so on: each is empty when it is put into the
+    one before it, and the first has 2^levels values in the end."""
+    lists = b"".join(b"]q%c0" % n for n in range(levels + 1))
+    return lists + b"".join(b"h%c(h%ch%ce0" % (n, n + 1, n + 1) for n in range(levels)) + b"h\x00"
+
+
+PICKLES: dict[str, tuple[bytes, int, str]] = {
     # The tensor's own methods would be called: set_ allocates what is asked for, add makes 100000 x 100000 sums.
     "BUILD on a tensor": (
-        operations(view(1, 1, (1, 1), 4), b"(", view(1, 1, (1, 1), 4), 0, b"(", 2**40, b"t(", 1, b"ttb"), 4
+        operations(view(1, 1, (1, 1), 4), b"(", view(1, 1, (1, 1), 4), 0, b"(", 2**40, b"t(", 1, b"ttb"),
+        4,
+        "UnpicklingError: state is not a dictionary",
     ),
     "ADDITEMS on a tensor": (
-        operations(view(100_000, 1, (1, 1), 100_000), b"\x80\x04(", view(1, 100_000, (1, 1), 100_000), b"\x90"), 100_000
+        operations(view(100_000, 1, (1, 1), 100_000), b"\x80\x04(", view(1, 100_000, (1, 1), 100_000), b"\x90"),
+        100_000,
+        "'_Held' object has no attribute 'add'",
     ),
-    "a key of 2^60 values": (operations(b"}", doubled_tuples(60), b"Ns"), 4),
-    "many dictionaries": (operations(b"(" + b"}" * 300_001 + b"t"), 4),
-    "many sets": (b"\x80\x04(" + b"\x8f" * 300_001 + b"t.", 4),
-    "numbers that collide": (operations(b"}(" + COLLIDING + b"u"), 4),
+    "a key of 2^60 values": (operations(b"}", doubled_tuples(60), b"Ns"), 4, "unfolds to more than 20000000 values"),
+    "a storage's name of 2^60 values": (operations(downward_lists(60), b"Q"), 4, "refers to a list that is no storage"),
+    "many dictionaries": (operations(b"(" + b"}" * 300_001 + b"t"), 4, "more than 300000 operations"),
+    "many sets": (b"\x80\x04(" + b"\x8f" * 300_001 + b"t.", 4, "more than 300000 operations"),
+    "many numbers": (operations(b"(" + b"N" * 3_000_001 + b"t"), 4, "more than 3000000 numbers and words"),
+    "numbers that collide": (operations(b"}(" + COLLIDING + b"u"), 4, "keys that could collide"),
+    "numbers that collide, one by one": (
+        operations(b"}" + re.sub(rb"(?s)(.{13})N", rb"\1Ns", COLLIDING)), 4, "keys that could collide"
+    ),
+    "numbers that collide in a set": (
+        operations(b"c__builtin__\nset\n(](" + COLLIDING + b"etR"), 4, "keys that could collide"
+    ),
+    "tuples that collide": (
+        operations(b"}(", *(part for n in range(12_000) for part in (n, b"\x85N")), b"u"), 4, "keys that could collide"
+    ),
     "a thousand copies of one storage": (
-        operations(b"}(", *(part for n in range(1000) for part in (str(n), view(50, 100, (1, 50), 5000))), b"u"), 5000
+        operations(b"}(", *(part for n in range(1000) for part in (str(n), view(50, 100, (1, 50), 5000))), b"u"),
+        5000,
+        "repeat values so often that they have 8 times its size",
+    ),
+    "one value a billion times": (
+        operations(b"}", "x", view(2**15, 2**15, (0, 0), 4), b"s"), 4, "repeat values so often"
+    ),
+    "a view past the end": (
+        operations(b"}", "x", view(2, 2, (3, 2), 4), b"s"), 4, r"reaches past its storage of 4 elements"
     ),
     "a number of 36 million digits": (
-        operations(b"}", b"\x8b" + struct.pack("<i", 15 << 20) + b"\x7f" * (15 << 20), b"Ns"), 4
+        operations(b"}", b"\x8b" + struct.pack("<i", 15 << 20) + b"\x7f" * (15 << 20), b"Ns"),
+        4,
+        "a number of more than 1024 bits",
     ),
-    "a text of 2^62 bytes": (operations(b"}", "x", b"\x8d" + (2**62).to_bytes(8, "little"), b"s"), 4),
-    "a frame of 2^62 bytes": (b"\x80\x04\x95" + (2**62).to_bytes(8, "little") + b"}.", 4),
-    "a memo of 2^31 places": (operations(b"}r\xff\xff\xff\x7f"), 4),
+    "a text of 2^62 bytes": (
+        operations(b"}", "x", b"\x8d" + (2**62).to_bytes(8, "little"), b"s"), 4, "expected 4611686018427387904 bytes"
+    ),
+    "a frame of 2^62 bytes": (
+        b"\x80\x04\x95" + (2**62).to_bytes(8, "little") + b"}.", 4, "pickle data was truncated"
+    ),
+    "a memo of 2^31 places": (operations(b"}r\xff\xff\xff\x7f"), 4, "a memo of 2147483647 places"),
+    "something put into a number": (operations(1, b"Na"), 4, "puts something into a number"),
     "two types for one storage": (
-        operations(b"}(", "a", view(1, 1, (1, 1), 4), "b", view(1, 1, (1, 1), 4).replace(b"Float", b"Int"), b"u"), 4
+        operations(b"}(", "a", view(1, 1, (1, 1), 4), "b", view(1, 1, (1, 1), 4).replace(b"Float", b"Int"), b"u"),
+        4,
+        "its storage 0 has two types",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PICKLES)
 def test_pickles_that_ask_for_more_than_they_hold(name: str, tmp_path: Path) -> None:
-    path = crafted(tmp_path / "x.pth", *PICKLES[name])
-    with bounded(), pytest.raises(FastrexError, match=r"^foreign: .*x\.pth "):
+    data, floats, fault = PICKLES[name]
+    path = crafted(tmp_path / "x.pth", data, floats)
+    # Three million numbers take their time.
+    with bounded(seconds=60), pytest.raises(FastrexError, match=rf"^foreign: .*x\.pth .*({fault})") as caught:
         foreign.read(path)
+    checked_before(caught.value)
+
+
+def test_a_list_gets_no_second_name(tmp_path: Path) -> None:
+    """Under one it could grow where the scan does not see it, into a key of 2^60 values."""
+    grown = b"".join(
+        b"]q\x01ctorch._utils\n_rebuild_parameter\n(h\x01\x88}tR(h\x00h\x00e0c__builtin__\ntuple\n(h\x01tRq\x000"
+        for _ in range(60)
+    )
+    path = crafted(tmp_path / "x.pth", operations(b")q\x000", grown, b"}h\x00Ns"))
+    with bounded():
+        assert foreign.read(path) == {(): None}
+
+
+def test_large_honest_pickles_are_read(tmp_path: Path) -> None:
+    content = {
+        "loss": [step / 7 for step in range(310_000)],
+        "order": list(range(310_000)),
+        "ids": [2**40 + number for number in range(1500)],
+        "rows": {2**40 + number for number in range(1500)},
+        "by id": {2**40 + number: number for number in range(1500)},
+    }
+    one = torch.ones(1).expand(5)
+    torch.save({**content, "one": one, "scale": torch.ones(3, 1).expand(3, 4)}, tmp_path / "x.pth")
+    found = foreign.read(tmp_path / "x.pth")
+    assert {key: found[key] for key in content} == content
+    assert torch.equal(found["one"], one)
+    assert torch.equal(found["scale"], torch.ones(3, 4))
+
+
+def test_a_key_of_a_gigabyte_of_words_is_not_printed(tmp_path: Path) -> None:
+    data = operations(b"}(", "x" * (4 << 20), b"q\x000", b"(" + b"h\x00" * 96 + b"tNu")
+    with bounded(), pytest.raises(FastrexError, match="got the keys <tuple>") as caught:
+        layouts.encoder_state(crafted(tmp_path / "x.pth", data))
+    checked_before(caught.value)
 
 
 def test_a_dictionary_that_holds_itself_is_searched_once(tmp_path: Path) -> None:
@@ -665,7 +764,7 @@ def test_every_type_and_shape_is_read_as_safetensors_reads_it(tmp_path: Path) ->
     wanted = {
         str(dtype): torch.randint(0, 2, shape).to(dtype)
         for dtype, shape in zip(
-            tensorfile.DTYPES.values(), [(3,), (2, 3), (), (0,), (0, 4), (1, 1, 5)] * 3, strict=False
+            tensorfile.DTYPES.values(), [(3,), (2, 3), (), (0,), (0, 4), (1, 1, 5)] * 4, strict=False
         )
     }
     assert len(wanted) == len(tensorfile.DTYPES)
@@ -765,6 +864,87 @@ def test_files_larger_than_their_kind_are_not_read(tmp_path: Path) -> None:
         tensorfile.load(path)
 
 
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+@pytest.mark.parametrize("name", [rundir.LOCK, "train.log", "metrics.jsonl"])
+def test_a_run_does_not_write_through_what_stands_in_its_place(kind: str, name: str, tmp_path: Path) -> None:
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    run.mkdir()
+    mine.write_text('{"step": 9}\nprecious\n')
+    if kind == "link":
+        (run / name).symlink_to(mine)
+    else:
+        (os.mkfifo if kind == "pipe" else os.mkdir)(run / name)
+    config, world = config_module.load("trex", SETTINGS), World(0, 1, 0, 1, torch.device("cpu"))
+    (run / ".metrics.jsonl").symlink_to(mine)
+    start: Callable[[], object] = (
+        (lambda: rundir.RunDir(run, world).open(config, facts={}, resuming=False))
+        if name == rundir.LOCK
+        else (lambda: metrics.Log(run, config, world, 1 if kind == "pipe" else None))
+    )
+    words = "Is a directory" if kind == "folder" else "is a link or no regular file|is no regular file"
+    with bounded(seconds=2), pytest.raises(FastrexError, match=rf"^train: --out .*run .*({words})"):
+        start()
+    assert mine.read_text() == '{"step": 9}\nprecious\n'
+
+
+def test_records_are_dropped_beside_links(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / ".metrics.jsonl").symlink_to("mine")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n' + "[" * 60_000 + "\n")
+    metrics._drop_after(tmp_path / "metrics.jsonl", 1)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+@pytest.mark.parametrize("pipe", [True, False])
+def test_what_a_run_says_of_itself_is_read_without_waiting(pipe: bool, tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text('{"state": "completed"}')
+    for name in ("env.json", "metrics.jsonl"):
+        if pipe:
+            os.mkfifo(tmp_path / name)
+        else:
+            (tmp_path / name).write_text('{"step": 1, "world_size": ' + "[" * 60_000)
+    with bounded(seconds=2):
+        facts = health.examine(tmp_path)
+    assert facts["world_size"] is facts["logged_step"] is None
+
+
+def test_a_link_to_a_pipe_among_shards(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-0.tar").symlink_to(tmp_path / "pipe")
+    with bounded(seconds=2), pytest.raises(FastrexError, match=r"cannot read .*no regular file"):
+        index_module.build(tmp_path / "data")
+
+
+def test_names_full_of_commas_are_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ['a, "[{,' * 20, "b\\", 'c\\",,', ""]
+    text = json.dumps({"x": names})
+    assert untrusted.parse_json(text, items=6) == {"x": names}
+    for items in (3, 4):
+        with pytest.raises(ValueError, match=f"more than {items} values"):
+            untrusted.parse_json(text, items=items)
+    for cut in range(len(text)):
+        with pytest.raises(ValueError):  # noqa: PT011
+            untrusted.parse_json(text[:cut], items=6)
+    # An open string full of quotes is looked through once.
+    with bounded(seconds=2), pytest.raises(ValueError, match="Unterminated"):
+        untrusted.parse_json('["' + '\\",' * 2_000_000)
+    monkeypatch.setattr(checkpoint, "_MAX_ITEMS", 40)
+    monkeypatch.setattr(stored_columns, "META_ITEMS", 40)
+    parts = {"model": {"x": torch.ones(1)}}
+    saved = checkpoint.save(tmp_path / "run", 1, parts, {"classes": names * 6}, keep_last=1)
+    assert checkpoint.read_state(saved)["classes"] == names * 6
+    with pytest.raises(checkpoint.WriteFailed, match=r"state\.json could not be read again .*more than 40 values"):
+        checkpoint.save(tmp_path / "run", 2, parts, {"classes": names * 10}, keep_last=1)
+    assert checkpoint.steps(tmp_path / "run") == [1]
+    stored_columns.write(tmp_path / "x.npz", {"classes": names * 6}, {})
+    assert stored_columns.read(tmp_path / "x.npz", lambda _: {})[0] == {"classes": names * 6}
+    with pytest.raises(FastrexError, match=r"x\.npz.* must be readable again, it holds more than 40 values"):
+        stored_columns.write(tmp_path / "x.npz", {"classes": names * 10}, {})
+    assert stored_columns.read(tmp_path / "x.npz", lambda _: {})[0] == {"classes": names * 6}
+
+
 def test_json_is_bounded_before_it_is_parsed() -> None:
     for text, fault in (
         ("[" + "[]," * 6_000_000 + "[]]", "more than 1000000 values"),
@@ -793,10 +973,36 @@ def test_links_are_not_followed_where_that_is_asked_for(tmp_path: Path) -> None:
 
 def test_a_first_layer_does_not_decide_how_much_is_allocated(tmp_path: Path) -> None:
     """A width of 20000 would make other layers of 14 GB each."""
+    safetensors.torch.save_file(weights(), tmp_path / "x.safetensors")
+    export.load_encoder(tmp_path / "x.safetensors")  # torch imports a good part of itself for it
     state = weights() | {"conv1.weight": torch.zeros(20_000, 3, 7, 7)}
     safetensors.torch.save_file(state, tmp_path / "x.safetensors")
     with bounded(), pytest.raises(FastrexError, match="must fit resnet18, it does not"):
         export.load_encoder(tmp_path / "x.safetensors")
+
+
+def test_a_name_of_timm_does_not_decide_how_much_is_allocated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network of 40 GB beside a file of a few bytes: whatever timm's registry holds."""
+    safetensors.torch.save_file({"weight": torch.ones(9, 4)}, tmp_path / "model.safetensors")
+    facts = {"fastrex": {"arch": "timm:some"}}
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    monkeypatch.setattr(export, "build_encoder", lambda *_: torch.nn.Linear(100_000, 100_000))
+    with bounded(), pytest.raises(FastrexError, match="got 36, and the network takes more than twice") as caught:
+        export.load_encoder(tmp_path)
+    checked_before(caught.value)
+    monkeypatch.setattr(export, "build_encoder", lambda *_: torch.nn.Linear(4, 9, bias=False))
+    assert isinstance(export.load_encoder(tmp_path), torch.nn.Linear)
+
+
+def test_half_a_character_in_the_words_of_a_source(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    torch.save(ResNet("resnet18", width=8).state_dict(), tmp_path / "x.pth")
+    first = export.export(tmp_path / "x.pth", tmp_path / "first", to="hf", facts={"recipe": "RECIPE"})
+    config = (first / "config.json").read_text()
+    (first / "config.json").write_text(config.replace("RECIPE", "a\\ud800b"))
+    second = export.export(first, tmp_path / "second", to="hf")
+    assert "with the recipe `a?b`" in (second / "README.md").read_text(encoding="utf-8")
+    assert json.loads((second / "config.json").read_text())["fastrex"]["recipe"] == "a\ud800b"
 
 
 def test_an_index_that_claims_a_gigabyte_is_not_believed(tmp_path: Path) -> None:

@@ -18,15 +18,12 @@ from torch import Tensor
 
 from fastrex import checkpoint, rundir
 from fastrex.optim import MAX_SKIPPED
-from fastrex_kernels import OnlineClassMeans, _cpp, bank, bank_update_, class_means, cosine_cross_entropy
 
 Report = Callable[..., None]
+SHARDED, MICROS = "objective.sharded=true", "optim.accumulate=2"
 EVERY_STEP = ["checkpoint.every_steps=1", "checkpoint.keep_last=40"]
 # What a step that is left out must not touch. Running statistics move in the forward, before anybody knows.
 KEPT = ("weights", "momentum", "ema", "copies")
-
-CPP = pytest.param("cpp", marks=pytest.mark.skipif(not _cpp.LOADED, reason=_cpp.REASON or "loaded"))
-implementations = pytest.mark.parametrize("impl", ["reference", CPP])
 
 
 @dataclass
@@ -73,24 +70,31 @@ def train(
     return found
 
 
-def same_on_all_ranks(found: Outcome, ranks: int) -> bool:
+def same_on_all_ranks(found: Outcome, ranks: int, *, split: bool = False) -> bool:
+    """``split``: each rank has class weights of its own, and their momentum."""
+    apart = ("weights", "momentum") if split else ()
+
+    def common(step: int, rank: int) -> dict[str, dict[str, Any]]:
+        both = found.seen[step, rank]
+        return {when: {kind: seen for kind, seen in both[when].items() if kind not in apart} for when in both}
+
     steps = sorted({step for step, _ in found.seen})
     assert steps
-    return all(found.seen[step, rank] == found.seen[step, 0] for step in steps for rank in range(ranks))
+    return all(common(step, rank) == common(step, 0) for step in steps for rank in range(ranks))
 
 
 def finite(tensors: dict[str, Tensor]) -> bool:
     return all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point())
 
 
-def diverged(found: Outcome, ranks: int, step: int, kept: int | None) -> None:
+def diverged(found: Outcome, ranks: int, step: int, kept: int | None, *, split: bool = False) -> None:
     """The job stopped because of step ``step``, on all ranks alike, and kept the checkpoint ``kept``."""
     assert found.codes == [3] * ranks, found.output
     status = found.status()
     assert status["state"] == "diverged"
     assert f"at step {step};" in status["error"]
     assert found.output.count(f"got NaN or inf at step {step};") >= ranks
-    assert same_on_all_ranks(found, ranks)
+    assert same_on_all_ranks(found, ranks, split=split)
     for (number, _), seen in found.seen.items():
         assert number >= step
         assert all(seen["after"][kind] == seen["before"][kind] for kind in (*KEPT, "bank")), number
@@ -127,18 +131,22 @@ def test_one_nan_on_one_rank_stops_both_before_anything_is_changed(
 
 @pytest.mark.faults
 @pytest.mark.parametrize(
-    ("precision", "ranks", "where", "value", "rank", "objective"),
+    ("precision", "ranks", "where", "value", "rank", "objective", "options"),
     [
-        ("fp32", 2, "loss", "nan", 1, "class_means"),
-        ("fp32", 2, "image", "nan", None, "class_means"),
-        ("fp32", 2, "grads", "inf", None, "cosine_softmax"),
-        ("fp32", 1, "grad", "inf", None, "class_means"),
-        ("bf16", 2, "features", "inf", 0, "cosine_softmax"),
-        ("bf16", 2, "grad", "nan", 1, "class_means"),
-        ("bf16", 1, "ema", "-inf", None, "class_means"),
-        ("fp16", 2, "ema", "nan", 1, "class_means"),
-        ("fp16", 2, "image", "inf", 1, "class_means"),
-        ("fp16", 1, "features", "nan", None, "cosine_softmax"),
+        ("fp32", 2, "loss", "nan", 1, "class_means", ()),
+        ("fp32", 2, "image", "nan", None, "class_means", ()),
+        ("fp32", 2, "grads", "inf", None, "cosine_softmax", ()),
+        ("fp32", 1, "grad", "inf", None, "class_means", ()),
+        ("bf16", 2, "features", "inf", 0, "cosine_softmax", ()),
+        ("bf16", 2, "grad", "nan", 1, "class_means", ()),
+        ("bf16", 1, "ema", "-inf", None, "class_means", ()),
+        ("fp16", 2, "ema", "nan", 1, "class_means", ()),
+        ("fp16", 2, "image", "inf", 1, "class_means", ()),
+        ("fp16", 1, "features", "nan", None, "cosine_softmax", ()),
+        ("fp32", 2, "features", "nan", 1, "cosine_softmax", (SHARDED,)),
+        # The last micro-batch, whose backward averages the gradients, is a good one.
+        ("bf16", 2, "loss", "nan", 0, "cosine_softmax", (SHARDED, MICROS)),
+        ("fp32", 2, "features", "inf", 1, "class_means", (MICROS, "optim.impl=torch")),
     ],
 )
 def test_bad_numbers_stop_the_run_with_nothing_changed(
@@ -151,13 +159,17 @@ def test_bad_numbers_stop_the_run_with_nothing_changed(
     value: str,
     rank: int | None,
     objective: str,
+    options: tuple[str, ...],
 ) -> None:
     fault = f"bad:where={where},value={value},step=2{'' if rank is None else f',rank={rank}'}"
-    words = [*EVERY_STEP, f"optim.precision={precision}"]
+    if MICROS in options:
+        fault += ",calls=1"
+    words = [*EVERY_STEP, f"optim.precision={precision}", *options]
     found = train(tmp_path, stripes, ranks, [fault], *words, watch="step=2", objective=objective)
-    diverged(found, ranks, 2, kept=2)
+    diverged(found, ranks, 2, kept=2, split=SHARDED in options)
     who = "all ranks" if rank is None else f"rank {rank}"
-    text = f"{value} in {where} on {who} of {ranks}, {precision}, {objective}"
+    text = ", ".join([f"{value} in {where} on {who} of {ranks}", precision, objective, *options])
+    text += " (in the first micro-batch only)" if MICROS in options else ""
     report("T21", text, injected=1, survived=1, bits_equal=True)
 
 
@@ -191,17 +203,25 @@ def test_statistics_that_no_loss_sees_are_never_saved(stripes: Path, tmp_path: P
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize(("ranks", "objective"), [(1, "class_means"), (2, "class_means"), (2, "cosine_softmax")])
+@pytest.mark.parametrize(
+    ("ranks", "objective", "options"),
+    [
+        (1, "class_means", ()),
+        (2, "class_means", ()),
+        (2, "cosine_softmax", ()),
+        (2, "cosine_softmax", (SHARDED, MICROS, "optim.impl=torch")),
+    ],
+)
 def test_fp16_overflows_are_left_out_on_all_ranks_alike(
-    stripes: Path, tmp_path: Path, report: Report, ranks: int, objective: str
+    stripes: Path, tmp_path: Path, report: Report, ranks: int, objective: str, options: tuple[str, ...]
 ) -> None:
     one = ranks - 1
     faults = [f"bad:where=grad,rank={one},step=6", "bad:where=grads,value=inf,step=9"]
     faults += ["bad:where=grad,value=-inf,rank=0,step=12", f"bad:where=row,rank={one},step=14"]
-    words = ["optim.precision=fp16"]
+    words = ["optim.precision=fp16", *options]
     found = train(tmp_path, stripes, ranks, faults, *words, watch="step=6,until=15", objective=objective)
     assert found.codes == [0] * ranks, found.output
-    assert same_on_all_ranks(found, ranks)
+    assert same_on_all_ranks(found, ranks, split=SHARDED in options)
     assert len(found.hashes) == ranks
     assert len(set(found.hashes)) == 1
     skipped = {6, 9, 12}
@@ -212,8 +232,9 @@ def test_fp16_overflows_are_left_out_on_all_ranks_alike(
         assert (after["weights"] == before["weights"]) == (step in skipped)
         assert (after["guard"]["scale"] < before["guard"]["scale"]) == (step in skipped)
     assert finite(found.tensors(16))
-    patterns = f"NaN, inf: one gradient on one rank, all on all ({ranks} ranks, fp16, {objective}); a zero feature row"
-    report("T21", patterns, injected=4, survived=4, bits_equal=True)
+    setting = ", ".join([f"{ranks} ranks", "fp16", objective, *options])
+    patterns = f"NaN, inf: one gradient on one rank, all on all ({setting}); a zero feature row"
+    report("T21", patterns, injected=4, survived=4)
 
 
 @pytest.mark.faults
@@ -240,6 +261,22 @@ def test_a_run_resumed_after_an_overflow_has_its_scale_and_counters(
 
 
 @pytest.mark.faults
+def test_an_overflow_at_the_lowest_scale_stops_the_run(stripes: Path, tmp_path: Path, report: Report) -> None:
+    # One that comes and goes: the steps before and after it would be good ones.
+    faults = ["loss-scale:step=4,scale=1", "bad:where=grad,value=inf,rank=1,step=6"]
+    words = ["optim.precision=fp16", *EVERY_STEP]
+    found = train(tmp_path, stripes, 2, faults, *words, watch="step=6")
+    assert found.codes == [3, 3], found.output
+    error = found.status()["error"]
+    assert "fp16 gradients must be finite, got an overflow at step 6 (in a row: 1, loss scale: 1);" in error
+    assert error.endswith("the last good checkpoint is step 6; use --precision bf16 or fp32")
+    assert same_on_all_ranks(found, 2)
+    seen = found.seen[6, 0]
+    assert all(seen["after"][kind] == seen["before"][kind] for kind in (*KEPT, "bank"))
+    report("T21", "one overflow at loss scale 1, fp16", injected=1, survived=1, bits_equal=True)
+
+
+@pytest.mark.faults
 def test_nan_for_ever_in_fp16_stops_after_so_many_steps_also_across_a_resume(
     stripes: Path, tmp_path: Path, report: Report
 ) -> None:
@@ -248,17 +285,22 @@ def test_nan_for_ever_in_fp16_stops_after_so_many_steps_also_across_a_resume(
     words = ["optim.precision=fp16", "optim.epochs=8", *EVERY_STEP]
     first = train(tmp_path, stripes, 2, faults, "--max-steps", "16", *words)
     assert first.codes == [0, 0], first.output
+    before = first.tensors(start)
+    # Halved to 1, and once more in vain.
+    count = round(math.log2(float(before["optimizer/guard.scale"]))) + 1
+    last = start + count - 1
+    assert last > 16
+    assert count < MAX_SKIPPED
     found = train(tmp_path, stripes, 2, faults, resume=True, watch="step=16,until=40")
-    last = start + MAX_SKIPPED - 1
     assert found.codes == [3, 3], found.output
-    assert f"got {MAX_SKIPPED} overflows in a row up to step {last};" in found.status()["error"]
+    assert f"got an overflow at step {last} (in a row: {count}, loss scale: 1);" in found.status()["error"]
     assert same_on_all_ranks(found, 2)
     assert max(step for step, _ in found.seen) == last
     for (step, _), seen in found.seen.items():
         assert all(seen["after"][kind] == seen["before"][kind] for kind in KEPT), step
         assert seen["after"]["finite"]
     assert checkpoint.steps(found.run)[-1] == last
-    newest, before = found.tensors(last), found.tensors(start)
+    newest = found.tensors(last)
     assert finite(newest)
     assert float(newest["optimizer/guard.scale"]) == 1.0  # and never less
     moved = {name for name, tensor in newest.items() if not torch.equal(tensor, before[name])}
@@ -266,7 +308,13 @@ def test_nan_for_ever_in_fp16_stops_after_so_many_steps_also_across_a_resume(
         *("bank/means.features", "bank/means.labels", "bank/means.pointer"),
         *("optimizer/guard.scale", "optimizer/guard.skipped", "optimizer/guard.growth"),
     }
-    report("T22", "NaN in one gradient of one rank for ever, fp16, resumed", injected=20, survived=20, bits_equal=True)
+    report(
+        "T22",
+        "NaN in one gradient of one rank for ever, fp16, resumed",
+        injected=count,
+        survived=count,
+        bits_equal=True,
+    )
 
 
 @pytest.mark.faults
@@ -284,113 +332,4 @@ def test_running_statistics_are_equal_on_all_ranks_by_construction(
     apart = train(tmp_path / "apart", stripes, 2, ["apart:"], "--max-steps", "1", *words, watch="step=0")
     assert apart.seen[0, 0]["before"]["statistics"] == apart.seen[0, 1]["before"]["statistics"]
     assert apart.seen[0, 0]["after"]["statistics"] != apart.seen[0, 1]["after"]["statistics"]
-    report("F16", "buffers of the model and its EMA after 24 steps of 2 ranks", injected=0, survived=0, bits_equal=True)
-
-
-@implementations
-def test_bad_rows_spoil_no_other_row_of_the_loss(impl: str, report: Report) -> None:
-    g = torch.Generator().manual_seed(0)
-    x, w, y = torch.randn(9, 8, generator=g), torch.randn(5, 8, generator=g), torch.arange(9) % 5
-    good = cosine_cross_entropy(x, w, y, reduction="none", impl=impl)
-    assert isinstance(good, Tensor)
-    for value in (math.nan, math.inf, -math.inf):
-        bad = x.clone()
-        bad[4, 3] = value
-        loss = cosine_cross_entropy(bad, w, y, reduction="none", impl=impl)
-        assert isinstance(loss, Tensor)
-        assert loss.isnan().nonzero().flatten().tolist() == [4]
-        assert torch.equal(loss[torch.arange(9) != 4], good[torch.arange(9) != 4])
-    zero = x.clone()
-    zero[4] = 0
-    zero.requires_grad_()
-    loss = cosine_cross_entropy(zero, w.requires_grad_(), y, reduction="none", impl=impl)
-    assert isinstance(loss, Tensor)
-    # All its logits are 0: the log of the number of classes, and no way down.
-    assert loss[4].item() == pytest.approx(math.log(5))
-    loss.mean().backward()
-    assert zero.grad is not None
-    assert w.grad is not None
-    assert not zero.grad[4].any()
-    assert bool(zero.grad.isfinite().all() and w.grad.isfinite().all())
-    report("T23", f"NaN, inf and zero rows in the loss ({impl})", injected=4, survived=4, bits_equal=True)
-
-
-@implementations
-def test_bad_rows_spoil_no_other_class_of_a_bank(impl: str, report: Report) -> None:
-    g = torch.Generator().manual_seed(0)
-    z, y = torch.randn(12, 8, generator=g), torch.arange(12) % 4
-    good, _ = class_means(z, y, 5, impl=impl)
-    torch.testing.assert_close(good[:4].norm(dim=1), torch.ones(4))
-    assert not good[4].any()
-    for value in (math.nan, math.inf):
-        bad = z.clone()
-        bad[6, 1] = value
-        means, counts = class_means(bad, y, 5, impl=impl)
-        # It shows in its class, where the loss finds it, and nowhere else.
-        assert means.isnan().any(1).tolist() == [False, False, True, False, False]
-        assert torch.equal(means[[0, 1, 3, 4]], good[[0, 1, 3, 4]])
-        assert counts.tolist() == [3, 3, 3, 3, 0]
-    bad = z.clone()
-    bad[y == 2] = 0
-    means, _ = class_means(bad, y, 5, impl=impl)
-    assert not means[2].any()
-    assert bool(means.isfinite().all())
-    report("T23", f"NaN, inf and zero rows under class_means ({impl})", injected=3, survived=3, bits_equal=True)
-
-
-def test_bad_rows_stay_out_of_the_bank(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
-    means = OnlineClassMeans(4, 3, bank_size=6)
-    labels = torch.tensor([0, 1])
-
-    def state() -> dict[str, Tensor]:
-        return {name: tensor.clone() for name, tensor in means.state_dict().items()}
-
-    def unchanged(before: dict[str, Tensor]) -> bool:
-        return all(torch.equal(tensor, before[name]) for name, tensor in means.state_dict().items())
-
-    before = state()
-    for value in (math.nan, math.inf, -math.inf):
-        rows = torch.ones(2, 4)
-        rows[1, 2] = value
-        with pytest.raises(ValueError, match=r"update_: features must be finite, got NaN or inf in row 1; leave"):
-            means.update_(rows, labels)
-        means.update_(rows, labels, torch.tensor(False))
-        assert unchanged(before)
-        with monkeypatch.context() as patch:
-            # On a GPU nobody looks at values: the batch is left out there, on the device.
-            patch.setattr(bank, "readable", lambda tensor: False)
-            means.update_(rows, labels)
-        assert unchanged(before)
-    means.update_(torch.zeros(2, 4), labels)
-    assert not unchanged(before)
-    norms = means.prototypes().norm(dim=1)
-    assert all(norm == 0 or norm == pytest.approx(1) for norm in norms.tolist())
-    report("T23", "NaN, inf and zero rows into the bank", injected=10, survived=10, bits_equal=True)
-
-
-@implementations
-def test_prototypes_have_the_same_bits_in_any_order_of_the_classes(impl: str, report: Report) -> None:
-    g = torch.Generator().manual_seed(3)
-    rows, labels = torch.randn(40, 16, generator=g), torch.randint(6, (40,), generator=g)  # many duplicates
-    start = torch.randn(64, 16, generator=g), torch.randint(6, (64,), generator=g)
-
-    def after(order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        features, ids, pointer = start[0].clone(), start[1].clone(), torch.tensor([5])
-        prototypes, counts = class_means(features, ids, 6, impl=impl)
-        bank_update_(
-            features, ids, pointer, rows[order], labels[order], prototypes=prototypes, counts=counts, impl=impl
-        )
-        return prototypes, counts, pointer
-
-    given = after(torch.arange(40))
-    assert all(map(torch.equal, given, after(torch.arange(40))))
-    # Other neighbours, but the rows of a class still come one after another as they did.
-    shuffled = torch.randperm(6, generator=g)[labels].argsort(stable=True)
-    assert not torch.equal(shuffled, torch.arange(40))
-    assert all(map(torch.equal, given, after(shuffled)))
-    # Within a class too: the same sums but for their rounding.
-    prototypes, counts, pointer = after(torch.randperm(40, generator=g))
-    torch.testing.assert_close(prototypes, given[0], rtol=0, atol=1e-6)
-    assert torch.equal(counts, given[1])
-    assert torch.equal(pointer, given[2])
-    report("T34", f"bank update, duplicate labels, permuted order ({impl})", injected=2, survived=2, bits_equal=True)
+    report("buffers", "buffers of the model and its EMA after 24 steps of 2 ranks", injected=0, survived=0)

@@ -7,15 +7,19 @@ import json
 import re
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import launch
 import pytest
+import torch
 from conftest import SETTINGS
 
-from fastrex import checkpoint, rundir
+from fastrex import checkpoint, distributed, rundir
+from fastrex.distributed import World
 
 Report = Callable[..., None]
 RESUME = ("--resume", "must", "--device", "cpu")
@@ -215,10 +219,10 @@ def test_a_signal_to_the_launcher_saves_at_one_step_and_nobody_stays(
 
 @pytest.mark.faults
 def test_stops_at_the_worst_moments(stripes: Path, tmp_path: Path, quiet: list[str], report: Report) -> None:
-    """One run, stopped before its first step, twice in a step, in a save and in an evaluation."""
+    """One run, stopped before there is one, twice in a step, in a save and in an evaluation."""
     out = tmp_path / "run"
     accidents = [
-        (["signal-at-start:rank=1,signal=SIGTERM"], "before step 1", "SIGTERM", 0),
+        (["signal-at-start:rank=1,signal=SIGTERM"], "while the images are indexed", "SIGTERM", None),
         (["signal:step=2,signal=SIGTERM"] * 2, "twice in step 2", "SIGTERM", 3),
         (["signal-in-save:rank=0,signal=SIGUSR1,seconds=1"], "in a save", "SIGUSR1", None),
         (["signal-in-evaluation:rank=1,signal=SIGUSR2,seconds=0.4"], "in an evaluation", "SIGUSR2", 8),
@@ -228,6 +232,11 @@ def test_stops_at_the_worst_moments(stripes: Path, tmp_path: Path, quiet: list[s
     for number, (faults, when, name, step) in enumerate(accidents):
         with launch.ranks(tmp_path / f"{number}.log", 2, launch.faulty(words, faults)) as job:
             assert job.wait(120) == [75, 75], job.output
+        if number == 0:
+            assert "stopped by SIGTERM before there was anything to save; start it again" in job.output
+            assert not out.exists()
+            report("T19", f"{name} {when}", injected=1, survived=1)
+            continue
         now = status(out)
         assert now["state"] == "preempted", when
         assert step is None or now["step"] == step, when
@@ -300,3 +309,21 @@ def test_a_second_interrupt_does_not_wait(stripes: Path, tmp_path: Path, report:
         assert job.wait(30) == [130]
     assert status(out)["state"] == "failed"
     report("T19", "SIGINT twice", injected=1, survived=1)
+
+
+def test_each_host_prepares_for_itself_and_nobody_goes_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hosts need not share what rank 0 writes: one rank of each does the work, and all leave it together."""
+    together = threading.Barrier(6)
+    monkeypatch.setattr(distributed.dist, "new_group", lambda **options: "patient")
+    monkeypatch.setattr(distributed.dist, "barrier", lambda group: together.wait(60))
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda group: None)
+    happened: list[str] = []
+
+    def run(rank: int) -> None:
+        with distributed.main_first(World(rank, 6, rank % 2, 2, torch.device("cpu"))):
+            happened.append({0: "main", 2: "host", 4: "host"}.get(rank, "rest"))
+        happened.append("out")
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(run, range(6)))
+    assert happened == ["main", *["host"] * 2, *["rest"] * 3, *["out"] * 6]

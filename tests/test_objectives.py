@@ -11,7 +11,10 @@ import torch
 
 from fastrex import config as c
 from fastrex import objectives
+from fastrex.errors import FastrexError
 from fastrex.objectives.class_means import expected_empty_share
+from fastrex_kernels import _sharded
+from fastrex_kernels.cosine_ce.reference import unit_rows
 
 
 def make(name: str, classes: int = 3, dim: int = 4, **options: object) -> objectives.Objective:
@@ -94,6 +97,53 @@ def test_the_batch_never_meets_its_own_entries() -> None:
     objective.update_(x, y)
     after = objective(x, y)[0]
     assert before.mean() > 2 * after.mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "end"), [("pointer", -1, 6), ("pointer", 6, 6), ("labels", 3, 3), ("labels", -1, 3)]
+)
+def test_a_bank_that_points_outside_is_refused_by_name(name: str, value: int, end: int) -> None:
+    objective = make("class_means", bank_size=6)
+    state = objective.state_dict()
+    objective.check(state)
+    state[f"means.{name}"][-1] = value
+    with pytest.raises(FastrexError, match=rf"bank tensor 'means.{name}' must be in \[0, {end}\), got {value};"):
+        objective.check(state)
+
+
+def test_class_weights_are_drawn_once_from_the_runs_seed() -> None:
+    before = torch.get_rng_state()
+    objective = make("cosine_softmax", classes=7)
+    # A second draw, from torch's own generator, would have moved it.
+    assert torch.equal(torch.get_rng_state(), before)
+    wanted = torch.empty(7, 4).uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(objective.state_dict()["head.weight"], wanted)
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(()), torch.zeros(4, 4)], ids=["no rows", "another number"])
+def test_weights_of_other_classes_are_refused(rows: torch.Tensor) -> None:
+    with pytest.raises(FastrexError, match=r"must be those of 3 classes, got \["):
+        make("cosine_softmax").own(rows)
+
+
+def test_class_weights_are_normalised_once_for_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = make("cosine_softmax", classes=7)
+    x = clustered(6)[0]
+    wanted = objective.predict(x)
+    normalised: list[int] = []
+
+    def counting(rows: torch.Tensor) -> torch.Tensor:
+        normalised.append(len(rows))
+        return unit_rows(rows)
+
+    monkeypatch.setattr(_sharded, "unit_rows", counting)
+    classify = objective.classifier()
+    scores = [classify(x) for _ in range(2)]
+    assert normalised == [7, 6, 6]
+    assert wanted is not None
+    for found in scores:
+        assert found is not None
+        assert torch.equal(found, wanted)
 
 
 def test_worked_example_of_equation_2() -> None:

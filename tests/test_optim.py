@@ -145,6 +145,7 @@ def test_fp16_overflow_halves_the_scale_and_keeps_the_bank() -> None:
 
 def test_too_many_overflows_in_a_row_are_latched() -> None:
     guard = Guard(fp16=True)
+    guard.scale.fill_(2.0**30)
     for n in range(MAX_SKIPPED - 1):
         assert bool(guard.judge(number(n), TRUE, FALSE)[1])
     skip, keep = guard.judge(number(MAX_SKIPPED - 1), TRUE, FALSE)
@@ -157,11 +158,16 @@ def test_too_many_overflows_in_a_row_are_latched() -> None:
 
 def test_the_scale_can_neither_vanish_nor_become_infinite() -> None:
     guard = Guard(fp16=True)
-    # Never so many in a row that the run stops.
-    for n in range(400):
+    # They come and go, never so many in a row that the run stops.
+    for n in range(32):
         guard.judge(number(n), TRUE, FALSE if n % 2 else TRUE)
     assert float(guard.scale) == 1.0
     assert int(guard.diverged) == -1
+    # No halving helps the next one.
+    assert [bool(x) for x in guard.judge(number(32), TRUE, TRUE)] == [False, True]
+    assert [bool(x) for x in guard.judge(number(33), TRUE, FALSE)] == [True, False]
+    assert (int(guard.diverged), int(guard.skipped), float(guard.scale)) == (33, 1, 1.0)
+    guard = Guard(fp16=True)
     guard.scale.fill_(2.0**32)
     guard.growth.fill_(GROWTH_INTERVAL - 1)
     guard.judge(number(400), TRUE, TRUE)
@@ -188,4 +194,6 @@ def test_foreign_tensors_are_refused_by_name() -> None:
         load_tensors(mine, {**mine, "c": torch.zeros(1)}, "model")
     with pytest.raises(FastrexError, match=r"model tensor 'b' must be \(3,\), got \(4,\)"):
         load_tensors(mine, {"a": torch.ones(2), "b": torch.ones(4)}, "model")
+    with pytest.raises(FastrexError, match=r"model tensor 'b' must be torch.float32, got torch.float16"):
+        load_tensors(mine, {"a": torch.ones(2), "b": torch.ones(3, dtype=torch.float16)}, "model")
     assert not mine["a"].any()

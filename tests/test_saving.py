@@ -102,6 +102,41 @@ def test_stored_is_the_state_at_the_call(
     assert stored == [before, after] != [after, before]
 
 
+def test_a_save_that_hangs_costs_checkpoints_and_no_stall(
+    running: tuple[Trainer, Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saving, said = with_options(running, tmp_path)
+    monkeypatch.setattr("fastrex.resume.PATIENCE_S", 0.05)
+    disk = SlowDisk(monkeypatch)
+    saving.save(1)
+    assert saving.busy()
+    for step in (2, 3):
+        saving.save(step)
+    assert said == [f"no checkpoint of step {n}: that of step 1 is still being written" for n in (2, 3)]
+    disk.go_on.set()
+    # What must be on the disk is waited for.
+    saving.save(4, last=True)
+    assert not saving.busy()
+    assert checkpoint.steps(tmp_path) == [1, 4]
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_what_follows_on_the_last_checkpoint_is_done_once_it_is_there(
+    running: tuple[Trainer, Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
+    saving, _ = with_options(running, tmp_path)
+    if background:
+        saving.save(2)
+    seen = []
+    saving.save(2, last=True, then=lambda: seen.append((checkpoint.steps(tmp_path), saving.busy() or background)))
+    assert seen == [([2], True)]
+    full(monkeypatch)
+    with pytest.raises(checkpoint.WriteFailed):
+        saving.save(3, last=True, then=lambda: seen.append(([3], True)))
+    assert len(seen) == 1
+    assert not saving.busy()
+
+
 def test_poll_tells_of_a_complete_checkpoint_once(running: tuple[Trainer, Dataset], tmp_path: Path) -> None:
     saving, said = with_options(running, tmp_path)
     saving.save(3)
@@ -306,6 +341,24 @@ def test_each_kind_of_state_is_missed_by_name(
         restore(trainer, data, saved)
     other_tensors(path, stem, lambda tensors: tensors.update({name: whole}))
     assert restore(trainer, data, saved) == (4, ["resumed from step-00000004"])
+
+
+@pytest.mark.parametrize(("name", "value", "end"), [("means.pointer", 64, 64), ("means.labels", -1, 10)])
+def test_a_bank_that_points_outside_is_refused_by_name(
+    running: tuple[Trainer, Dataset], saved: Path, name: str, value: int, end: int
+) -> None:
+    path = checkpoint.folder(saved, 4)
+    other_tensors(path, "bank", lambda tensors: tensors[name][-1:].fill_(value))
+    match = rf"bank tensor {name!r} must be in \[0, {end}\d*\), got {value};"
+    refused(running, saved, match)
+    # An evaluation loads without a resume.
+    before = checkpoint.state_hash(running[0].parts())
+    parts, _ = checkpoint.load(path)
+    with torch.no_grad():
+        parts["model"]["encoder.conv1.weight"] += 1
+    with pytest.raises(FastrexError, match=match):
+        running[0].load(parts)
+    assert checkpoint.state_hash(running[0].parts()) == before
 
 
 def test_a_whole_file_less_or_more_is_refused_by_name(running: tuple[Trainer, Dataset], saved: Path) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from fastrex_kernels import CosineHead, OnlineClassMeans, _cpp
+from fastrex_kernels import CosineHead, OnlineClassMeans, _cpp, modules
 from fastrex_kernels._sharded import sharded_cosine_cross_entropy
 
 DIM, ROWS = 6, 12
@@ -167,6 +167,10 @@ def rank_main(rank: int, folder: Path, ranks: int) -> None:
     copied = copy.deepcopy(made)
     copied.load_full_weight(full + 1)
     tensors |= {"full": full, "moved": copied.full_weight(), "own": made.state_dict()["weight"]}
+    classify = made.classifier()
+    if rank == 0:  # by itself: the others would be waited for
+        x = batch("plain", ranks)[0][0]
+        facts["classifier"] = torch.equal(classify(x), head("plain").logits(x))
     tensors |= state_of("sharded", *train(ranks, own, group, DistributedDataParallel))
     # A head that is not split is part of the model like any other layer.
     tensors |= state_of("ddp", *train_replicated(ranks, own))
@@ -208,6 +212,10 @@ def rank_main(rank: int, folder: Path, ranks: int) -> None:
         message(lambda: made(features[rank, :, :3], targets[rank])),
         message(lambda: made.load_full_weight(full[1:])),
         message(lambda: CosineHead(DIM, ranks - 1, process_group=group)),
+        message(lambda: made.join(full)),
+        message(lambda: made.join(torch.zeros(()))),
+        message(lambda: made.own(full[1:])),
+        message(lambda: made.own(torch.zeros(()))),
     ]
     facts["repr"] = repr(made)
     save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"{rank}.safetensors")
@@ -337,6 +345,14 @@ def test_full_weights_go_between_numbers_of_ranks(ranks: Ranks) -> None:
     assert torch.equal(torch.cat([tensors["own"] for tensors, _ in ranks]), whole)
 
 
+def test_one_rank_classifies_by_itself(ranks: Ranks) -> None:
+    assert ranks[0][1]["classifier"]
+
+
+def test_the_place_that_the_bank_once_had_still_has_it() -> None:
+    assert modules.OnlineClassMeans is OnlineClassMeans
+
+
 def test_training_equals_one_process_with_the_joined_batch(ranks: Ranks) -> None:
     encoder, made = train(len(ranks), slice(None), None, lambda module: module)
     for tensors, _ in ranks:
@@ -409,7 +425,8 @@ def test_the_bank_is_that_of_the_joined_batch(ranks: Ranks) -> None:
 def test_errors_name_the_fact_on_every_rank(ranks: Ranks) -> None:
     size = len(ranks)
     counts = [ROWS - rank for rank in range(size)]
-    for _, facts in ranks:
+    for tensors, facts in ranks:
+        own = len(tensors["own"])
         expected = [
             f"CosineHead: input must have equally many rows on every rank of process_group, got {counts}",
             "OnlineClassMeans.update_: input must have equally many rows on every rank of process_group, got [1, 2",
@@ -419,6 +436,10 @@ def test_errors_name_the_fact_on_every_rank(ranks: Ranks) -> None:
             "CosineHead: input must be [N, 6], got [12, 3]",
             "CosineHead.load_full_weight: weight must be [10, 6], got [9, 6]",
             f"CosineHead: num_classes must be at least the {size} ranks of process_group, got {size - 1}",
+            f"CosineHead.join: rows must be [{own}, ...], got [10, 6]",
+            f"CosineHead.join: rows must be [{own}, ...], got []",
+            "CosineHead.own: full must be [10, ...], got [9, 6]",
+            "CosineHead.own: full must be [10, ...], got []",
         ]
         for found, start in zip(facts["errors"], expected, strict=True):
             assert found.startswith(start)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ import torch
 from conftest import ROOT, settings_for
 from torch import Tensor
 
-from fastrex import checkpoint, rundir
+from fastrex import checkpoint, digests, distributed, objectives, preflight, resume, rundir
+from fastrex import config as c
+from fastrex.data.dataset import open_dataset
+from fastrex.step import Trainer
 
 Report = Callable[..., None]
 State = dict[str, Tensor]
@@ -47,9 +51,15 @@ def train(run: Path, logs: Path, data: Path, ranks: int, *words: str) -> list[st
     """The program on some ranks, new or resumed; of each rank that loaded something a hash of what it then had."""
     new = ["demo", *SHARDED, "--data", data] if "--resume" not in words else []
     arguments = ["train", *new, *words, "--out", run, "--device", "cpu"]
-    with launch.ranks(logs / "log", ranks, launch.faulty(arguments, [f"loaded:folder={logs}"])) as job:
+    faults = [f"loaded:folder={logs}", f"joins:folder={logs}"]
+    with launch.ranks(logs / "log", ranks, launch.faulty(arguments, faults)) as job:
         assert job.wait(240) == [0] * ranks, job.output
     return [file.read_text(encoding="utf-8") for file in sorted(logs.glob("rank*.txt"))]
+
+
+def joins(logs: Path) -> list[int]:
+    """How often each rank had joined split rows before its first step."""
+    return [int(file.read_text(encoding="utf-8")) for file in sorted(logs.glob("joins-*.txt"))]
 
 
 def tensors(run: Path, step: int) -> State:
@@ -89,20 +99,57 @@ def test_two_ranks_equal_one_in_double_precision(stripes: Path, tmp_path: Path, 
     # Over all classes, not over those of a rank; the guard decides by it, so it is equal to the bit.
     assert logs[0]["norms"] == pytest.approx(log["norms"], rel=1e-8)
     assert logs[0]["norms"] == logs[1]["norms"]
-    report("T-sharded", "20 steps of 2 ranks against one process, fp64", injected=0, survived=0)
+    report("sharded", "20 steps of 2 ranks against one process, fp64", injected=0, survived=0)
 
 
 def test_what_two_ranks_have_saved_three_go_on_with(stripes: Path, tmp_path: Path, report: Report) -> None:
     # 4 classes on 3 ranks are blocks of 2, 1 and 1; batches of 12 can be shared by 1, 2 and 3.
     run = tmp_path / "run"
     train(run, tmp_path / "two", stripes, 2, "--max-steps", "2", *TWELVE)
+    # Only a save wants other ranks' rows, and not the names and sizes that a start looks at.
+    assert joins(tmp_path / "two") == [0] * 2
     saved = tensors(run, 2)
     assert saved[WEIGHT].shape == saved[MOMENTUM].shape == (4, 16)
     assert saved[MOMENTUM].any()
     loaded = train(run, tmp_path / "three", stripes, 3, *OTHER_RANKS, "--max-steps", "3")
     assert loaded == [hash_of(run, 2)] * 3
+    # Weights and momentum for the digest of what was loaded, and for the hash of it here.
+    assert joins(tmp_path / "three") == [4] * 3
     assert tensors(run, 3)[WEIGHT].shape == (4, 16)
-    report("T-sharded", "saved by 2 ranks, loaded by 3", injected=1, survived=1, bits_equal=True)
+    report("sharded", "saved by 2 ranks, loaded by 3", injected=1, survived=1, bits_equal=True)
+
+
+def test_what_was_read_is_let_go_before_the_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = objectives.resolve(c.load("demo", [*SHARDED, "data.path=synthetic"]))
+    with distributed.world("cpu") as world:
+        data = open_dataset(config, world)
+        trainer = Trainer(config, len(data.classes), world)
+        named = [(part, name, t) for part, found in trainer.parts().items() for name, t in found.items()]
+        shapes = trainer.part_shapes()
+        assert [(part, name) for part, found in shapes.items() for name in found] == [place[:2] for place in named]
+        for part, name, tensor in named:
+            like = shapes[part][name]
+            assert (like.shape, like.dtype, like.device.type) == (tensor.shape, tensor.dtype, "meta")
+        assert preflight.checkpoint_bytes(trainer) == sum(tensor.nbytes for _, _, tensor in named)
+        resume.Saving(trainer, data, tmp_path, print).save(4, last=True)
+        read, alive = list[weakref.ref[Tensor]](), list[int]()
+        newest_good, state_digest = checkpoint.newest_good, digests.state_digest
+
+        def reading(*arguments: Any) -> Any:
+            loaded = newest_good(*arguments)
+            assert loaded is not None
+            read.extend(weakref.ref(t) for part in loaded.parts.values() for t in part.values())
+            return loaded
+
+        def digesting(*arguments: Any) -> Any:
+            alive.append(sum(tensor() is not None for tensor in read))
+            return state_digest(*arguments)
+
+        monkeypatch.setattr(checkpoint, "newest_good", reading)
+        monkeypatch.setattr(digests, "state_digest", digesting)
+        assert resume.restore(trainer, data, tmp_path)[0] == 4
+        assert len(read) == len(named)
+        assert alive == [0]
 
 
 @pytest.mark.faults
@@ -122,7 +169,7 @@ def test_any_number_of_ranks_finishes_the_same_run(stripes: Path, tmp_path: Path
         names = export_names(out)
         assert "conv1.weight" in names
         assert not [name for name in names if "head" in name]
-    report("T-sharded", "a run of 2 ranks finished by 1 and by 3", injected=2, survived=2, bits_equal=True)
+    report("sharded", "a run of 2 ranks finished by 1 and by 3", injected=2, survived=2)
 
 
 @pytest.mark.faults
@@ -136,7 +183,7 @@ def test_three_ranks_and_micro_batches_equal_one(stripes: Path, tmp_path: Path, 
     assert equal(three[0], three[2])
     assert distance(one, three[0]) < 1e-8
     assert logs[2]["losses"] == pytest.approx(log["losses"][7:], rel=1e-8)
-    report("T-sharded", "7 steps of 2 ranks, 13 of 3 against 20 of one process, fp64", injected=1, survived=1)
+    report("sharded", "7 steps of 2 ranks, 13 of 3 against 20 of one process, fp64", injected=1, survived=1)
 
 
 @pytest.mark.faults
@@ -151,7 +198,7 @@ def test_one_process_has_nothing_to_split(stripes: Path, tmp_path: Path, report:
     assert log["eval"]["eval/images"] == 16
     assert logs[0]["losses"][0] == pytest.approx(log["losses"][0], rel=1e-5)
     assert equal(two[0], two[1])
-    report("T-sharded", "one process with and without the option", injected=0, survived=0, bits_equal=True)
+    report("sharded", "one process with and without the option", injected=0, survived=0, bits_equal=True)
 
 
 @pytest.mark.faults
@@ -178,7 +225,7 @@ def test_a_bad_gradient_in_one_block_is_everybodys(
     else:
         assert codes == [3, 3], job.output
         assert "got NaN or inf at step 6; the last good checkpoint is step 4" in job.output
-    report("T-sharded", f"inf in one rank's block, {precision}", injected=1, survived=1, bits_equal=True)
+    report("sharded", f"inf in one rank's block, {precision}", injected=1, survived=1, bits_equal=True)
 
 
 @pytest.mark.faults
@@ -191,4 +238,4 @@ def test_fewer_classes_than_ranks_are_refused(stripes: Path, tmp_path: Path, rep
         assert job.wait(60) == [1, 1, 1]
     wanted = "objective.sharded=true must have at least one class for each of the 3 ranks, got 2 classes"
     assert f"{wanted}; set objective.sharded=false" in job.output
-    report("T-sharded", "more ranks than classes", injected=1, survived=1)
+    report("sharded", "more ranks than classes", injected=1, survived=1)

@@ -90,8 +90,12 @@ def test_kernels_is_never_a_package() -> None:
         ("streams", set()),
         ("cgroup", set()),
         ("signals", set()),
+        ("ending", set()),
+        ("stall", set()),
         ("agreement", set()),
         ("lifeline", set()),
+        ("door", set()),
+        ("messages", set()),
         ("verdict", set()),
         ("watch", set()),
         ("untrusted", set()),
@@ -105,14 +109,20 @@ def test_torch_free_files(name: str, allowed: set[str]) -> None:
     names = ("draws", "scan", "headers", "lists", "tars", "shards", "sources", "columns", "index", "reader", "codec")
     data = {"fastrex.data", *(f"fastrex.data.{n}" for n in names)}
     leaves = {f"fastrex.{n}" for n in ("config", "sections", "settings", "errors", "files", "untrusted", "stored")}
-    if name == "watch":
-        leaves |= {f"fastrex.{n}" for n in ("agreement", "lifeline", "verdict")}
+    more = {
+        "watch": ("agreement", "door", "ending", "lifeline", "messages", "stall", "verdict"),
+        "door": ("lifeline",),
+        "messages": ("verdict",),
+        "signals": ("ending", "verdict"),
+        "stall": ("verdict",),
+    }
+    leaves |= {f"fastrex.{n}" for n in more.get(name, ())}
     assert ours <= leaves | data | {"fastrex"}
 
 
 LEAVES = (
     ("apex", ()),
-    ("distributed", ("watch",)),
+    ("distributed", ("stall", "watch")),
     ("tensorfile", ()),
     ("checkpoint", ("tensorfile",)),
     ("digests", ()),

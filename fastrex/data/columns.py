@@ -14,18 +14,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import files, untrusted
+from ..errors import FastrexError
 from ..stored import StoredZip
 
 META_LIMIT = 1 << 26  # bytes of the object, and values in it: room for the names of a million classes
 META_ITEMS = 1 << 21
 HEADER_LIMIT = 1 << 10
 META = "meta"
+UNUSED_S = 600.0  # a file that nobody has written to for so long was left by a killed writer
 
 
 def write(path: Path, meta: Mapping[str, Any], columns: Mapping[str, NDArray[Any]]) -> None:
-    """Replace the file at ``path``; OSError where that fails, and then it is as it was."""
-    about = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+    """Replace the file at ``path``; OSError where that fails, and then it is as it was.
+
+    Raises:
+        FastrexError: :func:`read` would refuse ``meta``.
+    """
+    text = json.dumps(meta)
+    try:
+        untrusted.check_json(text, META_LIMIT, META_ITEMS)
+    except ValueError as error:
+        raise FastrexError(
+            f"{str(path)!r}: what it says of the data set must be readable again, {error}; use fewer or shorter names"
+        ) from None
+    about = np.frombuffer(text.encode(), np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
+    files.sweep(path, UNUSED_S)
     with files.replacing(path, ".npz") as temporary:
         np.savez(temporary, allow_pickle=False, **columns, **{META: about})
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,10 +41,11 @@ class FileList:
 def find_list(path: Path) -> FileList:
     """The list at ``path``, an absolute path."""
     try:
-        with open(path, "rb") as file:
+        with untrusted.opened(path) as file:
             stamp = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise FastrexError(f"cannot read {str(path)!r} ({error.strerror}); make the list readable") from error
+    except (OSError, ValueError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise FastrexError(f"cannot read {str(path)!r} ({reason}); make the list readable") from error
     return FileList(path.parent, path, stamp)
 
 
@@ -54,7 +56,10 @@ def _read(source: FileList) -> Listing:
     lines = 0
     try:
         # Names that are not UTF-8 survive as surrogate escapes.
-        with open(source.path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        with (
+            untrusted.opened(source.path) as raw,
+            io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
+        ):
             delimiter = "\t" if source.path.suffix.lower() == ".tsv" else ","
             for line, record in _objects(file) if jsonl else _records(file, delimiter):
                 try:

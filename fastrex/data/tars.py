@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO
 
+from .. import untrusted
 from ..errors import FastrexError
 
 BLOCK = 512
 ZEROS = bytes(BLOCK)
-BUFFER = 1 << 13
 EXTRA_LIMIT = 1 << 20  # bytes of a pax header or of a long name
 NAME_LIMIT = 4096
 SIZE_LIMIT = 1 << 62
@@ -56,7 +56,7 @@ def read_members(path: str, name: str, wanted: Callable[[bytes, int], bool]) -> 
     for what is no tar archive, is compressed, or holds sparse files.
     """
     try:
-        with open(path, "rb", buffering=BUFFER) as file:
+        with untrusted.opened(path) as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(BLOCK)
             for magic, kind in PACKED.items():
@@ -67,8 +67,9 @@ def read_members(path: str, name: str, wanted: Callable[[bytes, int], bool]) -> 
                 fact = f"{size} bytes" if size < BLOCK else "no tar header at its start"
                 raise FastrexError(f"{name}: not a tar archive ({fact}); write it again, or remove it")
             return _walk(file, size, name, wanted)
-    except OSError as error:
-        raise FastrexError(f"cannot read {name} ({error.strerror}); make it readable, or remove it") from error
+    except (OSError, ValueError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise FastrexError(f"cannot read {name} ({reason}); make it readable, or remove it") from error
 
 
 def _walk(file: IO[bytes], end: int, name: str, wanted: Callable[[bytes, int], bool]) -> tuple[list[Member], str]:

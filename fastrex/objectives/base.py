@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -57,6 +58,10 @@ class Objective(nn.Module, ABC):
         called by all ranks together."""
         return rows
 
+    def joined_shape(self, rows: Tensor) -> torch.Size:
+        """The shape of what :meth:`join` gives, which this rank knows by itself."""
+        return rows.shape
+
     def own(self, full: Tensor) -> Tensor:
         """This rank's rows of what :meth:`join` gave to any number of ranks.
 
@@ -64,6 +69,14 @@ class Objective(nn.Module, ABC):
             FastrexError: it has another number of rows.
         """
         return full
+
+    def check(self, state: Mapping[str, Tensor]) -> None:
+        """Refuse a stored ``state_dict``, whose names, shapes and dtypes are right, for its values.
+
+        Raises:
+            FastrexError: names the tensor and the value.
+        """
+        return
 
     def notices(self, class_counts: Any) -> list[str]:
         """Lines for the log at the start, from the number of training images per class."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fastrex_kernels import OnlineClassMeans
 
+from ..errors import FastrexError
 from ..settings import setting
 from .base import Objective, hit_metrics
 
@@ -65,6 +67,16 @@ class ClassMeans(Objective):
     def predict(self, features: Tensor) -> Tensor:
         prototypes = self.means.prototypes()
         return F.normalize(features.to(prototypes.dtype), dim=1) @ prototypes.T
+
+    def check(self, state: Mapping[str, Tensor]) -> None:
+        # A pointer beyond the ring would write beyond it, which a GPU does not notice.
+        for name, end in (("means.pointer", self.options.bank_size), ("means.labels", self.num_classes)):
+            low, high = torch.stack(state[name].aminmax()).tolist()
+            if low < 0 or high >= end:
+                raise FastrexError(
+                    f"resume: bank tensor {name!r} must be in [0, {end}), got {low if low < 0 else high}; the "
+                    "checkpoint belongs to another configuration"
+                )
 
     def notices(self, class_counts: Any) -> list[str]:
         share = expected_empty_share(np.asarray(class_counts), self.options.bank_size)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastrex_kernels import CosineHead
 
@@ -64,9 +64,9 @@ class CosineSoftmax(Objective):
             num_classes,
             temperature=options.temperature,
             reduction="none",
+            generator=torch.Generator().manual_seed(seed),
             process_group=group if ranks > 1 else None,
         )
-        self.head.reset_parameters(torch.Generator().manual_seed(seed))
         if ranks > 1:
             self.split = frozenset({"head.weight"})
 
@@ -80,20 +80,19 @@ class CosineSoftmax(Objective):
         return logits
 
     def classifier(self) -> Callable[[Tensor], Tensor | None]:
-        if not self.split:
-            return self.predict
         # All classes on every rank for once: ranks evaluate different numbers of images, so none can wait for another.
-        whole = CosineHead(self.in_features, self.num_classes, temperature=self.options.temperature, device="meta")
-        whole.weight = nn.Parameter(self.head.full_weight(), requires_grad=False)
-        return whole.logits
+        return self.head.classifier()
 
     def join(self, rows: Tensor) -> Tensor:
         return self.head.join(rows, "cpu")
 
+    def joined_shape(self, rows: Tensor) -> torch.Size:
+        return torch.Size((self.num_classes, *rows.shape[1:]))
+
     def own(self, full: Tensor) -> Tensor:
-        if len(full) != self.num_classes:
+        if full.ndim == 0 or len(full) != self.num_classes:
             raise FastrexError(
-                f"resume: the class weights must be those of {self.num_classes} classes, got {len(full)}; the "
+                f"resume: the class weights must be those of {self.num_classes} classes, got {list(full.shape)}; the "
                 "checkpoint belongs to another configuration"
             )
         return self.head.own(full)
@@ -104,4 +103,9 @@ class CosineSoftmax(Objective):
         group = self.head.process_group
         assert group is not None
         fewest = self.num_classes // dist.get_world_size(group)
-        return [f"class weights are split over {dist.get_world_size(group)} ranks: {fewest} classes each, or one more"]
+        line = f"class weights are split over {dist.get_world_size(group)} ranks: {fewest} classes each, or one more"
+        size = self.head.weight.element_size() * self.num_classes * self.in_features / 2**20
+        return [
+            f"{line}; an evaluation holds all of them on every rank's device ({size:.1f} MiB), a checkpoint all of "
+            f"them and their momentum on every rank's host ({2 * size:.1f} MiB)"
+        ]

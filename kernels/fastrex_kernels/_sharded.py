@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _PACKAGE = f"{__package__}.cosine_ce"
+_PIECE = 65536  # rows that are normalised at a time
 # torch 2.13 renamed this collective; 2.11 and 2.12 know the old name only.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -98,9 +99,23 @@ def join_blocks(rows: Tensor, block: Block, device: torch.device | str | None = 
 
 def cosine_logits(input: Tensor, weight: Tensor, temperature: float | Tensor) -> Tensor:
     """``normalize(input) @ normalize(weight).T / temperature`` in float32, or float64 for float64 features."""
+    return unit_logits(input, unit_rows(weight.to(_wide(input.dtype))), temperature)
+
+
+def unit_logits(input: Tensor, weight: Tensor, temperature: float | Tensor) -> Tensor:
+    """The same against rows that are normalised already."""
     kind = _wide(input.dtype)
     with torch.autocast(input.device.type, enabled=False):
-        return (unit_rows(input.to(kind)) @ unit_rows(weight.to(kind)).T / temperature).to(kind)
+        return (unit_rows(input.to(kind)) @ weight.to(kind).T / temperature).to(kind)
+
+
+def unit_weight(weight: Tensor) -> Tensor:
+    """Class weights [C, D] normalised, in place where their dtype is one that losses are computed in."""
+    weight = weight.to(_wide(weight.dtype))
+    # In pieces: no second [C, D] even for a moment.
+    for piece in torch.split(weight, _PIECE):
+        piece.copy_(unit_rows(piece))
+    return weight
 
 
 @torch.no_grad()

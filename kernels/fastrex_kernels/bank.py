@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from . import _sharded
 from ._op import readable
+from ._options import check_options, check_sizes
 from .class_means import bank_update_, class_means
 from .cosine_ce import Stats, cosine_cross_entropy
-from .modules import check_options, check_sizes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -1,8 +1,10 @@
-"""The loss as modules: a cosine classifier and the stateless loss. Prototypes from a memory bank are in ``bank.py``."""
+"""The loss as modules: a cosine classifier and the stateless loss. Prototypes from a memory bank, which this file
+passes on, are in ``bank.py``."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,10 +12,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import _sharded
-from .cosine_ce import REDUCTIONS, Stats, cosine_cross_entropy
+from ._options import check_options, check_sizes
+from .bank import OnlineClassMeans
+from .cosine_ce import Stats, cosine_cross_entropy
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+__all__ = ["CosineCrossEntropyLoss", "CosineHead", "OnlineClassMeans"]
 
 # Weights are drawn in pieces of this many classes, so that the same seed gives the same classes to any number of ranks.
 _DRAWN_AT_ONCE = 65536
@@ -80,6 +86,7 @@ class CosineHead(nn.Module):
         label_smoothing: share of the target spread over all classes, in [0, 1].
         ignore_index: rows with this id have loss 0 and no gradient.
         reduction: "none", "mean" (over the rows that are not ignored) or "sum".
+        generator: that the weights are drawn from, see :meth:`reset_parameters`.
         process_group: split the classes over its ranks: rank r holds ``weight`` of the classes ``first_class`` to
             ``first_class + len(weight)``, contiguous blocks whose sizes differ by one at most; C >= ranks. None, or a
             group of one rank, holds all classes here.
@@ -108,6 +115,7 @@ class CosineHead(nn.Module):
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
         reduction: str = "mean",
+        generator: torch.Generator | None = None,
         process_group: ProcessGroup | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -132,7 +140,7 @@ class CosineHead(nn.Module):
             self.log_temperature = nn.Parameter(torch.empty((), device=device, dtype=wide))
         else:
             self.register_parameter("log_temperature", None)
-        self.reset_parameters()
+        self.reset_parameters(generator)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -193,6 +201,22 @@ class CosineHead(nn.Module):
             return _sharded.sharded_logits(input, self.weight, self._block(), self.temperature)
         return _sharded.cosine_logits(input, self.weight, self.temperature)
 
+    @torch.no_grad()
+    def classifier(self) -> Callable[[Tensor], Tensor]:
+        """:meth:`logits` of the classes as they stand now, normalised once, for this rank alone to call.
+
+        Their [C, D] stay here as long as what is returned does. A collective where the classes are split.
+        """
+        weight = _sharded.unit_weight(self.full_weight())
+        # Learnt or not: as it stands now.
+        temperature = float(self.temperature)
+
+        def logits(input: Tensor) -> Tensor:
+            self._check_input(input)
+            return _sharded.unit_logits(input, weight, temperature)
+
+        return logits
+
     def full_weight(self) -> Tensor:
         """The weights of all classes [C, D], on every rank; a collective where they are split."""
         return self.join(self.weight)
@@ -211,13 +235,22 @@ class CosineHead(nn.Module):
 
         A collective where the classes are split: block after block, so that ``device`` (default: that of ``rows``) may
         be one with room for all classes, the CPU, while the ranks' own device has room for two blocks.
+
+        Raises:
+            ValueError: ``rows`` has another number of rows than ``weight``.
         """
+        self._check_rows("join", rows, self.weight.shape[0])
         if self._shared.group is None:
             return rows.detach().to(device or rows.device, copy=True)
         return _sharded.join_blocks(rows.detach(), self._block(), device)
 
     def own(self, full: Tensor) -> Tensor:
-        """This rank's rows (a view) of what :meth:`join` gives."""
+        """This rank's rows (a view) of what :meth:`join` gives.
+
+        Raises:
+            ValueError: ``full`` does not have a row per class.
+        """
+        self._check_rows("own", full, self.num_classes)
         return full[self.first_class : self.first_class + self.weight.shape[0]]
 
     def extra_repr(self) -> str:
@@ -234,23 +267,11 @@ class CosineHead(nn.Module):
         assert self._shared.group is not None
         return _sharded.Block(self._shared.group, self.first_class, self.num_classes)
 
+    def _check_rows(self, method: str, rows: Tensor, wanted: int) -> None:
+        if rows.ndim == 0 or rows.shape[0] != wanted:
+            word = "rows" if method == "join" else "full"
+            raise ValueError(f"CosineHead.{method}: {word} must be [{wanted}, ...], got {list(rows.shape)}")
+
     def _check_input(self, input: Tensor) -> None:
         if input.ndim != 2 or input.shape[1] != self.in_features:
             raise ValueError(f"CosineHead: input must be [N, {self.in_features}], got {list(input.shape)}")
-
-
-def check_sizes(name: str, **sizes: int) -> None:
-    """Refuse a size below 1."""
-    for word, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}: {word} must be at least 1, got {size}")
-
-
-def check_options(name: str, temperature: float, label_smoothing: float, reduction: str) -> None:
-    """Refuse options of the loss that mean nothing."""
-    if not temperature > 0:
-        raise ValueError(f"{name}: temperature must be above 0, got {temperature}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"{name}: label_smoothing must be in [0, 1], got {label_smoothing}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{name}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
