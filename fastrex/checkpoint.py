@@ -296,7 +296,7 @@ def _temporary(final: Path) -> Iterator[Path]:
 def _locked(path: Path) -> Iterator[bool]:
     """Hold the lock of a folder; False where another process has it. The kernel lets go of a dead process's lock, on
     whatever machine or in whatever container it ran, which a process number would not tell."""
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         mine = True
         try:

@@ -166,9 +166,8 @@ class Log:
         except Exception as error:
             setattr(self, writer, None)
             name = {"board": "TensorBoard", "wandb": "W&B"}[writer]
-            reason = (
-                explain(error) if isinstance(error, OSError) else one_line(f"{type(error).__name__}: {error}"[:300])
-            )
+            reason = explain(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            reason = one_line(reason[:300])
             self.line(f"{name} cannot go on ({reason}); it lacks what follows, metrics.jsonl has it")
 
     def _append(self, file: IO[str], text: str) -> None:

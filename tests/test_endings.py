@@ -45,7 +45,7 @@ def test_two_jobs_that_both_decided_to_begin_are_one_run(tmp_path: Path) -> None
     first.close()
     before = {p.name: p.read_bytes() for p in run.iterdir()}
     with pytest.raises(
-        FastrexError, match="another job has begun a run in .*; resume it with --resume must, or choose"
+        FastrexError, match=r"another job has begun a run in .*; resume it with --resume must, or choose"
     ):
         second.open(config, False, facts={"job": 2})
     second.failed(FastrexError("as the trainer would"))
