@@ -105,6 +105,15 @@ class Saving:
         alive = self._thread is not None and self._thread.is_alive()
         return bool(distributed.from_main(int(alive), self.trainer.world))
 
+    def newest(self) -> int:
+        """The step of the newest checkpoint once the write under way has ended, -1 where there is none; all ranks call
+        it."""
+        world = self.trainer.world
+        if world.main:
+            self.close()
+        steps = checkpoint.steps(self.run) if world.main else []
+        return distributed.from_main(steps[-1] if steps else -1, world)
+
     def _start(self, step: int, parts: Parts, state: dict[str, Any], waiting: bool, then: Callable[[], object]) -> None:
         # Nobody changes the state while all wait for the disk: then no copy is needed.
         copy, ready = (parts, None) if waiting else self._copied(parts)

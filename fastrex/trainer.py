@@ -237,7 +237,7 @@ def _loop(
             # for the device only where something hangs on the numbers of this very step.
             waiting = world.device.type == "cuda" and not (save or look or leave or last)
             while len(readings) > waiting:
-                _report(trainer, log, readings.popleft(), stop, per_epoch, run.path)
+                _report(trainer, log, readings.popleft(), stop, per_epoch, saving)
             if save or last or leave:
                 watch.mark(step, "saving")
                 _save(saving, run, step, last or leave, preempted=leave and left_over(step))
@@ -308,7 +308,9 @@ def _evaluate(trainer: Trainer, data: Dataset, log: Log, step: int) -> tuple[dic
     return results, False
 
 
-def _report(trainer: Trainer, log: Log, reading: Reading, stop: int, per_epoch: int, run: Path) -> None:
+def _report(
+    trainer: Trainer, log: Log, reading: Reading, stop: int, per_epoch: int, saving: resume_module.Saving
+) -> None:
     """Log what was sent, and stop on the guard's marks; they are equal on all ranks, so all ranks stop together."""
     step, values = reading.step, reading.values()
     diverged, skipped = int(values.pop("diverged")), int(values["skipped_in_a_row"])
@@ -319,8 +321,8 @@ def _report(trainer: Trainer, log: Log, reading: Reading, stop: int, per_epoch: 
     log.line(progress(step, stop, (step - 1) // per_epoch, record, reading.left_s))
     if diverged < 0:
         return
-    kept = checkpoint.steps(run)
-    way_out = f"the last good checkpoint is step {kept[-1]}" if kept else "no checkpoint was written yet"
+    kept = saving.newest()
+    way_out = f"the last good checkpoint is step {kept}" if kept >= 0 else "no checkpoint was written yet"
     # Values gone bad are no overflow, and set the count back.
     if not skipped:
         raise DivergedError(
