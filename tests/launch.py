@@ -129,24 +129,13 @@ def free_port() -> int:
         return int(box.getsockname()[1])
 
 
-def as_from_a_terminal() -> None:
-    """A shell lets what it starts in the background ignore Ctrl-C and hang-ups, and so would all processes below."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-
-
 def _start(log: Path, commands: Sequence[Sequence[str]], environments: Sequence[dict[str, str]]) -> Job:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         return Job(
             [
                 subprocess.Popen(
-                    command,
-                    env={**environment(), **more},
-                    stdout=file,
-                    stderr=file,
-                    start_new_session=True,
-                    preexec_fn=as_from_a_terminal,
+                    command, env={**environment(), **more}, stdout=file, stderr=file, start_new_session=True
                 )
                 for command, more in zip(commands, environments, strict=True)
             ],

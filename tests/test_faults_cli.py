@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -285,7 +286,8 @@ INTERRUPTED = {
     "data shard DATA NEW": "fastrex.data.sharding.shard",
     "data demo NEW": "fastrex.data.demo.write_digits",
     "data show --data DATA": "fastrex.standalone.show_batch",
-    "bench kernels": "benchmarks.kernels.discover",
+    # What a checkout has beside the package, an installation has inside of it.
+    "bench kernels": f"{'fastrex.bench' if find_spec('fastrex.bench') else 'benchmarks'}.kernels.discover",
 }
 
 
