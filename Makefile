@@ -9,8 +9,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 demo: $(VENV)/installed
 	$(BIN)/fastrex train demo
 
-# Two processes (PYTEST_PROCESSES) share the tests file by file: most of them wait for processes that they start.
-PYTEST_PROCESSES ?= 2
+# Several processes (PYTEST_PROCESSES) share the tests file by file: most of them wait for processes that they start.
+PYTEST_PROCESSES ?= 3
 PYTEST := $(BIN)/python -m pytest -q -n $(PYTEST_PROCESSES) --dist loadfile
 
 test: $(VENV)/dev lint
