@@ -187,6 +187,18 @@ def verify(path: Path) -> dict[str, Any]:
     return state
 
 
+def check_sizes(path: Path) -> None:
+    """Whether all files are there in full length, without reading them.
+
+    Raises:
+        BadCheckpoint: one is cut or missing.
+    """
+    for name, fact in read_state(path)["files"].items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != fact["bytes"]:
+            raise BadCheckpoint(f"checkpoint: {file} must have {fact['bytes']} bytes, it is cut or missing")
+
+
 def verified(path: Path, state: Mapping[str, Any], name: str) -> Path:
     """The file ``name`` of the checkpoint ``path``, once it matches what the manifest says of it.
 
@@ -319,12 +331,11 @@ def _seal(path: Path) -> dict[str, Any]:
 
 
 def _looks_whole(path: Path) -> bool:
-    """Whether all files are there in full length, without reading them."""
     try:
-        state = read_state(path)
-        return all((path / name).stat().st_size == fact["bytes"] for name, fact in state["files"].items())
+        check_sizes(path)
     except (BadCheckpoint, OSError):
         return False
+    return True
 
 
 def _readable(path: Path, manifest: Mapping[str, Any]) -> str:

@@ -38,7 +38,7 @@ def examine(run: Path, verify: bool = False) -> dict[str, Any]:
     good, damaged = [], {}
     for step in checkpoint.steps(run):
         try:
-            _look(checkpoint.folder(run, step), verify)
+            (checkpoint.verify if verify else checkpoint.check_sizes)(checkpoint.folder(run, step))
             good.append(step)
         except checkpoint.BadCheckpoint as error:
             damaged[step] = str(error)
@@ -65,16 +65,6 @@ def lines(facts: dict[str, Any]) -> list[str]:
     if aside:
         text.append(f"set aside: {', '.join(aside)}")
     return [*text, f"continue: {way_on}"] if way_on else text
-
-
-def _look(path: Path, verify: bool) -> None:
-    if verify:
-        checkpoint.verify(path)
-        return
-    for name, fact in checkpoint.read_state(path)["files"].items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != fact["bytes"]:
-            raise checkpoint.BadCheckpoint(f"checkpoint: {file} must have {fact['bytes']} bytes, it is cut or missing")
 
 
 def _way_on(run: Path, facts: dict[str, Any]) -> str | None:

@@ -229,7 +229,7 @@ def restore(
     if step < 0:
         return 0, ["no checkpoint yet: starting from step 0"]
     parts, found = found.parts if found else None, None
-    trainer.load(parts if world.size == 1 and parts else _received(parts, trainer))
+    trainer.load(parts if world.size == 1 and parts else _received(parts, mine, trainer))
     # The digest joins split rows on the host once more: what was read must not stand beside them.
     parts = None
     loaded = digests.state_digest(trainer.parts(), manifest.digested(trainer.config, data, step))
@@ -268,9 +268,10 @@ def _kind_of(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def _received(parts: Parts | None, trainer: Trainer) -> dict[str, dict[str, Tensor]]:
-    """The tensors that rank 0 has read, on every rank: split rows on the host, all others on the device."""
-    world, mine, split = trainer.world, trainer.part_shapes(), trainer.split_parts()
+def _received(parts: Parts | None, mine: Parts, trainer: Trainer) -> dict[str, dict[str, Tensor]]:
+    """The tensors that rank 0 has read, on every rank, shaped as ``mine``: split rows on the host, all others on the
+    device."""
+    world, split = trainer.world, trainer.split_parts()
 
     def room(stem: str, name: str, like: Tensor) -> Tensor:
         device = torch.device("cpu") if (stem, name) in split else world.device
