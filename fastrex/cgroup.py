@@ -1,7 +1,9 @@
-"""Limits that a container or a scheduler sets on this process. Standard library only."""
+"""Limits that a container, a scheduler or a shell sets on this process. Standard library only."""
 
 from __future__ import annotations
 
+import contextlib
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +26,16 @@ def processes() -> int | None:
         if most is not None and now is not None:
             room.append(max(0, most - now))
     return min(room, default=None)
+
+
+def admit_files(need: int) -> tuple[int, int]:
+    """Let this process have ``need`` files open, as far as it may; the limit before and after (RLIM_INFINITY: none)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= need:
+        return soft, soft
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (need if hard == resource.RLIM_INFINITY else min(need, hard), hard))
+    return soft, resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 _OLD_MEMORY = "memory.limit_in_bytes"

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
+from .cgroup import admit_files
 from .errors import FastrexError
 from .lifeline import Gone, Lifeline, Lost
 
@@ -57,7 +58,7 @@ class Door:
         welcome: Callable[[int, Lifeline, list[dict[str, Any]]], None],
     ) -> None:
         self._selector, self._size, self._lost_s, self._welcome = selector, size, lost_s, welcome
-        _admit(size + OTHER_FILES)
+        admit_files(size + OTHER_FILES)
         self._socket, self.problem = _listen(everywhere), ""
         self._socket.setblocking(False)
         self.port = int(self._socket.getsockname()[1])
@@ -121,14 +122,6 @@ class Door:
         for line in self._strangers:
             line.close()
         self._socket.close()
-
-
-def _admit(files: int) -> None:
-    """Raise this process's own limit on open files, as far as it may."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < files:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (files if hard < 0 else min(files, hard), hard))
 
 
 def _listen(everywhere: bool) -> socket.socket:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import resource
@@ -164,13 +163,9 @@ def open_files(config: Config, world: World) -> Finding:
     threads = config.data.threads or world.threads
     # Libraries and devices, shards that stay open, files being read, sockets to every rank.
     need = 256 + 64 + 8 * threads + 4 * world.size
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, now = cgroup.admit_files(need)
     if soft == resource.RLIM_INFINITY or soft >= need:
         return Finding(OK, f"open files: {'no limit' if soft == resource.RLIM_INFINITY else f'limit {soft}'}")
-    raised = need if hard == resource.RLIM_INFINITY else min(need, hard)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
-    now = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if now < need:
         text = f"open files: about {need} are needed, the limit is {now}"
         return Finding(WARNING, f"{text}; raise it (ulimit -n) or lower data.threads")

@@ -111,7 +111,7 @@ def test_torch_free_files(name: str, allowed: set[str]) -> None:
     leaves = {f"fastrex.{n}" for n in ("config", "sections", "settings", "errors", "files", "untrusted", "stored")}
     more = {
         "watch": ("agreement", "door", "ending", "lifeline", "messages", "stall", "verdict"),
-        "door": ("lifeline",),
+        "door": ("cgroup", "lifeline"),
         "messages": ("verdict",),
         "signals": ("ending", "verdict"),
         "stall": ("verdict",),
