@@ -107,7 +107,7 @@ def save(run: Path, step: int, parts: Parts, state: Mapping[str, Any], *, keep_l
     except (OSError, safetensors.SafetensorError) as error:
         room = ""
         with contextlib.suppress(OSError):
-            room = f", {free_bytes(_existing(final.parent))} are free"
+            room = f", {free_bytes(files.nearest(final.parent))} are free"
         raise WriteFailed(
             f"checkpoint: {final} could not be written ({getattr(error, 'strerror', None) or error}; it needs {needed} "
             f"bytes{room}); older checkpoints are untouched, free space or choose another --out"
@@ -348,8 +348,3 @@ def _readable(path: Path, manifest: Mapping[str, Any]) -> str:
             f"checkpoint: {path / STATE} could not be read again ({error}); use fewer or shorter class names"
         ) from None
     return text
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder above ``path`` that is there."""
-    return next(p for p in (path, *path.parents) if p.exists())

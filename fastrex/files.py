@@ -116,3 +116,20 @@ def umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
+
+
+def nearest(path: Path) -> Path:
+    """``path`` itself or what is nearest above it and exists, be it a broken link.
+
+    Raises:
+        OSError: links in a circle, a folder that may not be searched.
+    """
+    for place in (path, *path.parents):
+        try:
+            place.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            if place.is_symlink():
+                return place
+        else:
+            return place
+    return Path("/")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from . import budget, cgroup, checkpoint
+from . import budget, cgroup, checkpoint, files
 from .config import Config
 from .data.dataset import DTYPES
 from .distributed import World
@@ -78,7 +78,7 @@ def writable(out: Path) -> Finding:
     if len(os.fsencode(full)) + TAIL > PATH_MAX or any(len(os.fsencode(part)) > NAME_MAX for part in full.parts):
         return Finding(ERROR, f"--out must be shorter, got {len(os.fsencode(full))} bytes; {way_out}")
     try:
-        folder = nearest(full)
+        folder = files.nearest(full)
         if not folder.is_dir():
             kind = "another file" if folder.exists() else "a broken link"
             raise NotADirectoryError(errno.ENOTDIR, f"{folder} is {kind}")
@@ -86,23 +86,6 @@ def writable(out: Path) -> Finding:
     except OSError as error:
         return Finding(ERROR, f"--out {out} cannot be written ({error.strerror or error}); {way_out}")
     return Finding(OK, f"--out {out} can be written")
-
-
-def nearest(path: Path) -> Path:
-    """``path`` itself or what is nearest above it and exists, be it a broken link.
-
-    Raises:
-        OSError: links in a circle, a folder that may not be searched.
-    """
-    for place in (path, *path.parents):
-        try:
-            place.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            if place.is_symlink():
-                return place
-        else:
-            return place
-    return Path("/")
 
 
 def _probe(folder: Path) -> None:
@@ -130,7 +113,7 @@ def disk(out: Path, config: Config, one: int, export: int, *, existing: int = 0,
         one: bytes of a checkpoint. export: bytes of the exported encoder. existing: checkpoints that are there.
         steps: of the whole run, for ``checkpoint.keep_every``.
     """
-    place = nearest(Path(os.path.abspath(out)))
+    place = files.nearest(Path(os.path.abspath(out)))
     keep = config.checkpoint
     # The new one is complete before the oldest goes, and logs and reports want room as well.
     count = keep.keep_last + 2 + (steps // keep.keep_every if keep.keep_every else 0)
