@@ -78,7 +78,7 @@ def test_headers_that_claim_too_many_pixels_cost_nothing(format: str, tmp_path: 
         "PNG": (b"IHDR\0\0\0\x32\0\0\0\x1e", b"IHDR\0\0\x9c\x40\0\0\x9c\x40"),
         "PPM": (b"50 30", b"40000 40000"),
         "TIFF": (b"\x32\0\0\0\x01\x01", b"\x40\x9c\0\0\x01\x01"),
-        "WEBP": (b"/\x31\x40\x07", b"/\xff\xff\xff"),
+        "WEBP": (b"/\x31\x40\x07\0", b"/\xff\xff\xff\x0f"),  # its largest: 16384 x 16384
     }[format]
     assert small[0] in data
     data = data.replace(*small)

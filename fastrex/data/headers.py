@@ -132,6 +132,8 @@ def examine(handle: int, first: int, size: int) -> Shape:
                 parsed = _jpeg(head)
             elif head.startswith(PNG_MAGIC):
                 parsed = _png(head)
+            elif _webp_pixels(head) > PIXEL_LIMIT:
+                return 0, 0, Status.TOO_LARGE
         except (IndexError, struct.error):
             continue
         if parsed is None:
@@ -253,6 +255,21 @@ def _png(head: bytes) -> tuple[int, int, int, str] | None:
         if zlib.crc32(head[place + 4 : place + 8 + length]) != checksum:
             return None
         place += 12 + length
+
+
+def _webp_pixels(head: bytes) -> int:
+    """The pixels of a WebP's canvas, 0 for what is none. Pillow takes memory for all of them when it opens the file."""
+    if head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+        return 0
+    kind = head[12:16]
+    if kind == b"VP8X":  # extended: two sizes less one, of 24 bits each
+        width, height = (int.from_bytes(head[place : place + 3], "little") + 1 for place in (24, 27))
+    elif kind == b"VP8L":  # lossless: two sizes less one, of 14 bits each, behind a mark
+        sizes = int.from_bytes(head[21:25], "little")
+        width, height = (sizes & 0x3FFF) + 1, (sizes >> 14 & 0x3FFF) + 1
+    else:  # lossy: two sizes of 14 bits, two bits of scale above each
+        width, height = (value & 0x3FFF for value in struct.unpack_from("<HH", head, 26))
+    return width * height
 
 
 def _has_end(handle: int, first: int, size: int, data: int, marker: bytes) -> bool:
