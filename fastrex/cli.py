@@ -22,6 +22,7 @@ from . import settings as settings_module
 from . import streams
 from .cli_data import data
 from .cli_options import DATA, DEVICE, PLACE, SETTINGS, SOURCE, located, split, writable, write_json
+from .cli_transfer import analyze, report, transfer
 from .config import Config
 from .errors import DivergedError, FastrexError, UsageError, explain, one_line
 
@@ -244,7 +245,8 @@ def eval_command(
         write_json(json_path, result, "--json")
 
 
-cli.add_command(data)
+for command in (data, transfer, analyze, report):
+    cli.add_command(command)
 
 
 @cli.command()
