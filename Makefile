@@ -40,7 +40,7 @@ $(VENV)/installed: setup.py pyproject.toml constraints.txt $(wildcard csrc/*) | 
 
 # torchvision and timm serve comparisons only. Without their dependencies: torchvision would exchange torch for another build.
 $(VENV)/dev: $(VENV)/installed
-	$(PIP) -c constraints.txt --no-build-isolation -e '.[train,dev]'
+	$(PIP) -c constraints.txt --no-build-isolation -e '.[train,transfer,dev]'
 	$(PIP) -c constraints.txt --no-deps torchvision timm
 	touch $@
 

@@ -18,6 +18,7 @@ from . import curve as curve_module
 from . import files
 from .gpu_jobs import PARTS
 from .gpu_jobs import Settings as GpuSettings
+from .tradeoff import command as tradeoff_command
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 # Where the files go is no part of how the figures were made.
@@ -446,6 +447,9 @@ def gpu(
         )  # fmt: skip
         code = gpu_module.run(settings, _command(context), lambda text: click.echo(text))
     sys.exit(code)
+
+
+main.add_command(tradeoff_command, "tradeoff")
 
 
 if __name__ == "__main__":

@@ -147,6 +147,11 @@ def check(settings: Settings) -> Config:
         FastrexError: it cannot be, or not on so many ranks.
     """
     config = settings.config()
+    if config.objective.name == "softmax" or not config.projector.enabled:
+        raise FastrexError(
+            "bench step: its rivals must have a projector and a cosine objective, got objective.name="
+            f"{config.objective.name}, projector.enabled={config.projector.enabled}; choose another configuration"
+        )
     if settings.batch % settings.ranks or settings.batch // settings.ranks < 2:
         raise FastrexError(
             f"bench step: --batch must be a multiple of --ranks, with 2 images or more for each, got {settings.batch} "

@@ -135,6 +135,7 @@ class ModelConfig:
 class ProjectorConfig:
     """The expendable projector between encoder and loss."""
 
+    enabled: bool = setting(True, "false = none: the encoder's features meet the class weights")
     hidden_layers: int = setting(3, "hidden layers: Linear + BatchNorm + GELU (3 = t-ReX, 1 = t-ReX*)", low=0)
     hidden_dim: int = setting(2048, "width of the hidden layers", low=1)
     out_dim: int = setting(256, "width of the output, which meets the class weights", low=1)
@@ -146,7 +147,9 @@ class ObjectiveConfig:
     """The objective's name and its options, which the objective's own ``Options`` dataclass defines."""
 
     name: str = setting(
-        "class_means", "class_means (online prototypes, Eq. 2) or cosine_softmax (learnt class weights, Eq. 1)"
+        "class_means",
+        "class_means (online prototypes, Eq. 2), cosine_softmax (learnt class weights, Eq. 1) or softmax (plain "
+        "cross-entropy)",
     )
     options: Mapping[str, Any] = field(default_factory=dict)
 

@@ -74,7 +74,7 @@ class Trainer:
         projector = Projector(int(encoder.num_features), config.projector, **norms)  # type: ignore[arg-type]
         model = MultiCropModel(encoder, projector, config.model.recompute)
         self.model = model.to(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.objective = objectives.make(config, config.projector.out_dim, num_classes, world.group).to(device)
+        self.objective = objectives.make(config, projector.out_features, num_classes, world.group).to(device)
         set_process_group(self.model, world.group)
         self.method = Method(self.model, self.objective)
         # As the method names them; every rank draws its own rows of these from the seed.
@@ -158,13 +158,14 @@ class Trainer:
         inv_scale = self.guard.inv_scale  # of this step: judge() may change the scale for the next one
         norm = self.optimizer.grad_norm(inv_scale)
         skip, keep = self.guard.judge(self.number, distributed.all_true(ok, self.world), torch.isfinite(norm))
+        directions = self.objective.class_directions()
         if momentum_features:
             # Micro-batch by micro-batch: then the bank's order is the global batch's for any number of ranks.
             features = torch.cat([distributed.gather_rows(part, self.world) for part in momentum_features])
             targets = torch.cat([distributed.gather_rows(target, self.world) for _, target in micros])
             self.objective.update_(features, targets, keep=keep)
         self.optimizer.step(skip, inv_scale)
-        return {**logged, "grad_norm": norm}
+        return {**logged, "grad_norm": norm, **self.objective.class_change(directions)}
 
     def _momentum_features(self, ema: MultiCropModel, images: Tensor) -> Tensor:
         """Features of the first global crop, on a GPU on a stream of their own: its kernels fill what those of the

@@ -359,12 +359,13 @@ def accuracies(results: dict[str, float]) -> str:
 def _opening(trainer: Trainer, data: Dataset, run: Path, start: int, stop: int, total: int) -> list[str]:
     config, world = trainer.config, trainer.world
     weights = sum(p.numel() for p in trainer.model.encoder.parameters())
+    layers = f"{config.projector.hidden_layers} hidden layers" if config.projector.enabled else "none"
     lines = [
         f"run {run} | recipe {config.recipe} | {world.device.type} x {world.size} | precision {trainer.precision}",
         f"data {data.config.data.path or 'digits'} | {int(data.class_counts.sum())} images, "
         f"{len(data.classes)} classes, {data.held_out} held out | crops {config.data.crops_text} | "
         f"batch {config.optim.batch_size}",
-        f"model {config.model.arch} {weights / 1e6:.2f}M | projector {config.projector.hidden_layers} hidden layers | "
+        f"model {config.model.arch} {weights / 1e6:.2f}M | projector {layers} | "
         f"objective {config.objective.name} | steps {start} to {stop} of {total}",
     ]
     if config.optim.accumulate > 1:

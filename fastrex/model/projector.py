@@ -15,14 +15,16 @@ if TYPE_CHECKING:
 
 
 class Projector(nn.Module):
-    """Features [N, D] -> [N, out_dim]: input l2 norm, L x [Linear -> BatchNorm -> GELU (erf)], Linear without bias.
+    """Features [N, D] -> [N, out_features]: input l2 norm, L x [Linear -> BatchNorm -> GELU (erf)], Linear without
+    bias.
 
     Linear weights start from a truncated normal of std 0.02, biases from 0. The input norm (eps 1e-12) is computed in
     fp32 or better; the output is not normalised.
 
     Args:
         in_features: D.
-        cfg: ``hidden_layers`` (L; 0 leaves the last layer alone), ``hidden_dim``, ``out_dim``, ``input_norm``.
+        cfg: ``hidden_layers`` (L; 0 leaves the last layer alone), ``hidden_dim``, ``out_dim``, ``input_norm``. Without
+            ``enabled`` nothing is done: ``out_features`` is D.
         bn_momentum: momentum of the running statistics.
         bn_eps: eps of the batch normalisation.
         bn: what computes the batch norms, see :mod:`fastrex.model.norm`.
@@ -38,8 +40,12 @@ class Projector(nn.Module):
         bn: str = "fused",
     ) -> None:
         super().__init__()
-        self.input_norm = cfg.input_norm
+        self.out_features = cfg.out_dim if cfg.enabled else in_features
+        self.input_norm = cfg.input_norm and cfg.enabled
         layers: list[nn.Module] = []
+        if not cfg.enabled:
+            self.layers = nn.Sequential()
+            return
         features = in_features
         for _ in range(cfg.hidden_layers):
             norm = BatchNormAct(cfg.hidden_dim, relu=False, eps=bn_eps, momentum=bn_momentum, backend=bn)

@@ -11,11 +11,12 @@ from ..settings import build, nearest
 from .base import Objective
 from .class_means import ClassMeans
 from .cosine_softmax import CosineSoftmax
+from .softmax import Softmax
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-OBJECTIVES: tuple[type[Objective], ...] = (CosineSoftmax, ClassMeans)
+OBJECTIVES: tuple[type[Objective], ...] = (CosineSoftmax, ClassMeans, Softmax)
 
 __all__ = ["OBJECTIVES", "Objective", "lookup", "make", "option_help", "resolve"]
 
