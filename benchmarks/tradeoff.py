@@ -69,7 +69,7 @@ class Size:
 SIZES = {
     # The whole of it within two hours on two cores of a laptop.
     "laptop": Size(per_class=2000, epochs=5, width=16, probe_per_class=500, batch=128),
-    "quick": Size(per_class=200, epochs=1, width=8, probe_per_class=50, batch=64),
+    "quick": Size(per_class=32, epochs=2, width=8, probe_per_class=16, batch=32),
     "gpu": Size(per_class=5000, epochs=100, width=64, probe_per_class=5000, batch=256),
 }
 

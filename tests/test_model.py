@@ -315,6 +315,11 @@ def test_projector_initialisation() -> None:
 
 def test_projector_normalises_in_fp32_under_autocast() -> None:
     projector = Projector(8, ProjectorConfig(hidden_layers=0, out_dim=2))
+    none = Projector(8, ProjectorConfig(enabled=False, hidden_layers=3, out_dim=2))
+    x = torch.randn(3, 8)
+    assert none.out_features == 8
+    assert not list(none.parameters())
+    assert none(x) is x
     seen: list[torch.dtype] = []
     projector.layers.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):

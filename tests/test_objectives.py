@@ -120,6 +120,21 @@ def test_class_weights_are_drawn_once_from_the_runs_seed() -> None:
     assert torch.equal(objective.state_dict()["head.weight"], wanted)
 
 
+def test_softmax_is_torchs_linear_layer_and_cross_entropy() -> None:
+    before = torch.get_rng_state()
+    objective = make("softmax", classes=7)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(0.3 < p.abs().max() <= 0.5 for p in objective.parameters())
+    x, y = torch.randn(6, 4), torch.tensor([3, 0, 6])
+    loss, metrics = objective(x, y)
+    logits = x @ objective.linear.weight.T + objective.linear.bias
+    both = torch.cat([y, y])
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, both, reduction="none"))
+    assert metrics["top1"].item() == pytest.approx((logits.argmax(1) == both).float().mean().item())
+    top5 = (logits.topk(5).indices == both[:, None]).any(1).float().mean()
+    assert metrics["top5"].item() == pytest.approx(top5.item())
+
+
 @pytest.mark.parametrize("rows", [torch.zeros(()), torch.zeros(4, 4)], ids=["no rows", "another number"])
 def test_weights_of_other_classes_are_refused(rows: torch.Tensor) -> None:
     with pytest.raises(FastrexError, match=r"must be those of 3 classes, got \["):

@@ -40,7 +40,8 @@ class Softmax(Objective):
         group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(in_features, num_classes, options, seed=seed, group=group)
-        self.linear = nn.Linear(in_features, num_classes)
+        # Drawn once, by the run's seed: torch's own generator stays where it is.
+        self.linear: nn.Linear = nn.utils.skip_init(nn.Linear, in_features, num_classes)
         bound, generator = in_features**-0.5, torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in self.linear.parameters():
