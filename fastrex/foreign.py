@@ -1,8 +1,9 @@
-"""The one reader of other people's pickled files: what ``torch.save`` writes (.pth, .pt).
+"""The one reader of other people's pickled files: what ``torch.save`` writes (.pth, .pt), and plain pickles of words.
 
-Nothing in the file is executed. The zip archive and its storages are read here; the pickle passes a scan and then an
-``Unpickler`` that knows tensors and plain containers. Every other global (``argparse.Namespace``, numpy's scalars,
-``os.system``) becomes an inert placeholder that swallows its arguments and its state.
+Nothing in a file is executed. Its pickle passes a scan and then an ``Unpickler`` that knows plain containers, and
+tensors or numpy's arrays of words. In a checkpoint every other global (``argparse.Namespace``, numpy's scalars,
+``os.system``) becomes an inert placeholder that swallows its arguments and its state; a plain pickle that names one is
+refused.
 """
 
 from __future__ import annotations
@@ -11,39 +12,29 @@ import io
 import os
 import pickle
 import re
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import opcodes, untrusted
+from . import opcodes, untrusted, words
+from .archive import CONVERT, DTYPES, Archive, not_a_zip
 from .errors import FastrexError
 from .stored import StoredZip
 
+__all__ = ["CONVERT", "load", "read", "read_words"]
+
 MAX_ARCHIVE = 32 * 2**30
 MAX_PICKLE = 16 * 2**20
+MAX_WORDS = 4 * 2**30
 MAX_COPIED = 1_000_000
 MAX_PLACEHOLDERS = 1000
 MAX_DIMENSIONS = 64
 MAX_SHARED = 8  # times the size of the file that all tensors may have together, where they share or repeat values
 ROOM = 1 << 22  # bytes that they may have beyond, in a small file
-
-CONVERT = "load it where you trust it and save its state_dict with a current torch.save or with safetensors"
-_DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
 
 
 class _Plain(dict[Any, Any]):
@@ -112,68 +103,57 @@ class _Held(_Sealed):
         object.__setattr__(self, "tensor", tensor)
 
 
-class _Archive:
-    """The zip archive of one file: entries by exact name, sizes checked before anything is allocated."""
-
-    def __init__(self, archive: StoredZip) -> None:
-        roots = [name.removesuffix("/data.pkl") for name in archive.entries if name.endswith("/data.pkl")]
-        if len(roots) != 1:
-            raise FastrexError(f"it is a zip file, but none that torch.save wrote; {CONVERT}")
-        self.root = roots[0]
-        if f"{self.root}/constants.pkl" in archive.entries:
-            raise FastrexError(f"it is a TorchScript program, not a checkpoint; {CONVERT}")
-        self.archive = archive
-        self.swap = self.read("byteorder", 16, sys.byteorder.encode()) != sys.byteorder.encode()
-
-    def read(self, name: str, limit: int, default: bytes | None = None) -> bytes:
-        entry = self.archive.entries.get(f"{self.root}/{name}")
-        if entry is None:
-            if default is None:
-                raise FastrexError(f"its entry {name} is missing")
-            return default
-        if entry.file_size > limit:
-            raise FastrexError(f"its entry {name} has {entry.file_size} bytes, more than {limit}")
-        return self.archive.read(entry.filename)
-
-    def storage(self, key: str, dtype: torch.dtype, count: int) -> Tensor:
-        if not re.fullmatch(r"[0-9]{1,9}", key) or count < 0:
-            raise FastrexError(f"it names a storage {key[:20]!r} of {count} elements")
-        entry = self.archive.entries.get(f"{self.root}/data/{key}")
-        held = -1 if entry is None else entry.file_size
-        if held != count * dtype.itemsize:
-            raise FastrexError(
-                f"its storage {key} must have {count * dtype.itemsize} bytes, the archive has {max(held, 0)}"
-            )
-        if count == 0:
-            return torch.empty(0, dtype=dtype)
-        data = torch.frombuffer(bytearray(self.read(f"data/{key}", held)), dtype=torch.uint8)
-        if self.swap:
-            data = data.reshape(-1, dtype.itemsize).flip(1).reshape(-1).contiguous()
-        return data != 0 if dtype == torch.bool else data.view(dtype)
-
-
 class _Reader(pickle.Unpickler):
-    """Turns the pickle of one archive into tensors, plain containers and placeholders."""
+    """Knows plain containers; ``known``: what else a pickle may name."""
 
-    def __init__(self, data: bytes, archive: _Archive, size: int) -> None:
+    def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data), encoding="latin1")
-        self.archive = archive
-        self.left_to_show = MAX_SHARED * size + ROOM
-        self.storages: dict[str, _Held] = {}
         self.known: dict[tuple[str, str], Any] = {
             ("collections", "OrderedDict"): _Function(lambda *args: self._copied(_Plain, *args)),
-            ("torch._utils", "_rebuild_tensor"): _Function(self._tensor),
-            ("torch._utils", "_rebuild_tensor_v2"): _Function(self._tensor),
-            ("torch._utils", "_rebuild_parameter"): _Function(self._parameter),
-            ("torch._utils", "_rebuild_parameter_with_state"): _Function(self._parameter),
         }
         for kind in (dict, list, set, tuple, frozenset):
             for module in ("builtins", "__builtin__"):
                 self.known[module, kind.__name__] = _Function(lambda *args, kind=kind: self._copied(kind, *args))
-        for name, dtype in _DTYPES.items():
+        self.left_to_copy = MAX_COPIED
+
+    def _copied(self, kind: Callable[..., Any], *args: Any) -> Any:
+        """A container from another: within a budget, since a short pickle can ask for many copies of a long one."""
+        if args:
+            self.left_to_copy -= len(args[0])
+            if self.left_to_copy < 0:
+                raise FastrexError(f"it copies more than {MAX_COPIED} items between containers")
+        return kind(*args)
+
+
+class _WordReader(_Reader):
+    """Turns a plain pickle into words, numbers, containers and numpy's arrays of words."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        functions = words.Functions(2 * len(data) + ROOM).known()  # twice: as bytes, as an array
+        self.known |= {name: _Function(run) if callable(run) else run for name, run in functions.items()}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.known:
+            raise FastrexError(f"it names {module[:80]}.{name[:80]}, which lists of words do not need")
+        return self.known[module, name]
+
+
+class _TensorReader(_Reader):
+    """Turns the pickle of one archive into tensors, plain containers and placeholders."""
+
+    def __init__(self, data: bytes, archive: Archive, size: int) -> None:
+        super().__init__(data)
+        self.archive = archive
+        self.left_to_show = MAX_SHARED * size + ROOM
+        self.storages: dict[str, _Held] = {}
+        for name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
+            self.known["torch._utils", name] = _Function(self._tensor)
+        for name in ("_rebuild_parameter", "_rebuild_parameter_with_state"):
+            self.known["torch._utils", name] = _Function(self._parameter)
+        for name, dtype in DTYPES.items():
             self.known["torch", name] = self.known["torch.storage", name] = dtype
         self.placeholders: dict[str, type[_Inert]] = {}
-        self.left_to_copy = MAX_COPIED
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self.known:
@@ -225,23 +205,17 @@ class _Reader(pickle.Unpickler):
         """Of a tensor only: a container under a second name would grow behind the scan's back."""
         return data if isinstance(data, _Held) else _Inert()
 
-    def _copied(self, kind: Callable[..., Any], *args: Any) -> Any:
-        """A container from another: within a budget, since a short pickle can ask for many copies of a long one."""
-        if args:
-            self.left_to_copy -= len(args[0])
-            if self.left_to_copy < 0:
-                raise FastrexError(f"it copies more than {MAX_COPIED} items between containers")
-        return kind(*args)
-
 
 def _opened(content: Any) -> Any:
-    """``content`` with the tensors themselves; what stands in it several times is looked at once."""
+    """``content`` with the tensors and arrays themselves; what stands in it several times is looked at once."""
     done: dict[int, tuple[Any, Any]] = {}  # by identity, which lasts as long as the original does
     pending: list[Any] = []
 
     def opened(value: Any) -> Any:
         if isinstance(value, _Held):
             return value.tensor
+        if isinstance(value, words.Array):
+            return value.opened()
         if isinstance(value, dict | list | tuple) and id(value) not in done:
             if isinstance(value, tuple):  # no deeper than the scan allows: what is built of others is not changed later
                 done[id(value)] = value, tuple(opened(inner) for inner in value)
@@ -258,50 +232,46 @@ def _opened(content: Any) -> Any:
     return content
 
 
-def load(path: Path) -> tuple[dict[Any, Any], list[str]]:
-    """The dictionary in the file and the names of the globals that became placeholders."""
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Whatever goes wrong while ``path`` is read, as one line."""
     try:
-        with untrusted.opened(path) as file:
-            size, head = os.fstat(file.fileno()).st_size, file.read(64)
-            if size > MAX_ARCHIVE:
-                raise FastrexError(f"it has {size} bytes, more than {MAX_ARCHIVE}")
-            if not head.startswith(b"PK\x03\x04"):
-                raise FastrexError(_not_a_zip(head))
-            try:
-                archive = _Archive(StoredZip(file, size))
-            except ValueError as error:
-                raise FastrexError(f"{error}; get it again") from None
-            data = archive.read("data.pkl", MAX_PICKLE)
-            opcodes.check(data)
-            reader = _Reader(data, archive, size)
-            content = _opened(reader.load())
+        yield
     except OSError as error:
         raise FastrexError(f"foreign: {path} cannot be read ({error.strerror or error}); give a file") from error
     except FastrexError as error:
         raise FastrexError(f"foreign: {path} cannot be read: {error}") from None
+    except MemoryError as error:
+        raise FastrexError(
+            f"foreign: {path} cannot be read: it needs more memory than there is; get it again, or free some memory"
+        ) from error
     except Exception as error:
         # A damaged or hostile file can make zipfile and pickle raise nearly anything; nothing of it was executed.
         raise FastrexError(
             f"foreign: {path} is damaged ({type(error).__name__}: {str(error)[:120]}); get it again"
         ) from error
+
+
+def load(path: Path) -> tuple[dict[Any, Any], list[str]]:
+    """The dictionary in the file and the names of the globals that became placeholders."""
+    with _reading(path), untrusted.opened(path) as file:
+        size, head = os.fstat(file.fileno()).st_size, file.read(64)
+        if size > MAX_ARCHIVE:
+            raise FastrexError(f"it has {size} bytes, more than {MAX_ARCHIVE}")
+        if not head.startswith(b"PK\x03\x04"):
+            raise FastrexError(not_a_zip(head))
+        try:
+            archive = Archive(StoredZip(file, size))
+        except ValueError as error:
+            raise FastrexError(f"{error}; get it again") from None
+        data = archive.read("data.pkl", MAX_PICKLE)
+        opcodes.check(data)
+        reader = _TensorReader(data, archive, size)
+        content = _opened(reader.load())
     if not isinstance(content, dict):
         what = re.sub(r"[^\w.]", "?", content.kind[:80]) if isinstance(content, _Inert) else type(content).__name__
         raise FastrexError(f"foreign: {path} must hold a dict of tensors, got {what}; {CONVERT}")
     return content, sorted(reader.placeholders)
-
-
-def _not_a_zip(head: bytes) -> str:
-    if not head:
-        return "it is empty; get it again"
-    if head.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."):
-        return f"it has torch's format from before version 1.6; {CONVERT}"
-    if head[8:9] == b"{":
-        return "it looks like safetensors; rename it to .safetensors"
-    if head.startswith(b"version https://git-lfs"):
-        return "it is a git-lfs pointer, not the file itself; run git lfs pull"
-    if head.startswith(b"\x80"):
-        return f"it is a bare pickle; {CONVERT}"
-    return f"it is no torch file (it begins with {head[:16]!r}); {CONVERT}"
 
 
 def read(path: str | Path) -> dict[Any, Any]:
@@ -313,3 +283,23 @@ def read(path: str | Path) -> dict[Any, Any]:
         FastrexError: the file is missing, damaged, of another format, or holds no dictionary; says how to convert it.
     """
     return load(Path(path))[0]
+
+
+def read_words(path: str | Path) -> Any:
+    """Read a plain pickle (protocols 0 to 5) of lists, tuples, dicts and sets of words and numbers, without executing
+    anything.
+
+    numpy's arrays of words (of any version) come as arrays of dtype ``U`` or ``S``, those of objects as lists, its
+    scalars as str or bytes. The memory that it takes is about twice the size of the file.
+
+    Raises:
+        FastrexError: the file is missing, damaged, too large, or names anything else than those types.
+    """
+    path = Path(path)
+    with _reading(path), untrusted.opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_WORDS:
+            raise FastrexError(f"it has {size} bytes, more than {MAX_WORDS}; get it again")
+        data = file.read(size)
+        opcodes.check(data, opcodes.WORDS)
+        return _opened(_WordReader(data).load())

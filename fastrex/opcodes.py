@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import pickletools
+from dataclasses import dataclass
 
 from .errors import FastrexError
 
-MAX_STEPS = 300_000  # operations that make or call something; a tensor takes about fifteen
-MAX_PLAIN = 3_000_000  # others: numbers, words, and what is named a second time
-MAX_PLACES = 2_000_000  # of the memo
-MAX_WORK = 20_000_000  # values that they take up, each with all that is inside of it
 MAX_DEPTH = 64
 MAX_COMPARED = 2**26  # pairs of keys that could have been chosen to collide in a dictionary or a set: a second or two
 MAX_BITS = 1024  # Python refuses to print very long ones
 
-# Opcodes that reach objects past find_class, or that no torch file has.
-REFUSED = frozenset(["EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER", "BYTEARRAY8", "PERSID"])
+# Opcodes that reach objects past find_class, or that no such file has.
+REFUSED = frozenset(["EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER", "PERSID"])
 PUT = frozenset(["PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"])
 GET = frozenset(["GET", "BINGET", "LONG_BINGET"])
 FILL = frozenset(["APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"])
@@ -39,6 +36,23 @@ PLAIN = frozenset(name for name, effect in EFFECTS.items() if effect == (0, Fals
 CHEAP = PLAIN | PUT | GET
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a kind of file may ask for, and ``refused``: opcodes that it has no need for."""
+
+    steps: int  # operations that make or call something
+    plain: int  # others: numbers, words, and what is named a second time
+    places: int  # of the memo
+    work: int  # values that they take up, each with all that is inside of it
+    refused: frozenset[str] = REFUSED
+
+
+# A tensor takes about fifteen steps.
+TENSORS = Limits(300_000, 3_000_000, 2_000_000, 20_000_000, REFUSED | {"BYTEARRAY8"})
+# Ten thousand arrays with the names of 5.6 million images: about sixteen steps for each array, or a word for each name.
+WORDS = Limits(1_000_000, 16_000_000, 8_000_000, 200_000_000, REFUSED | {"BINPERSID"})
+
+
 class _Value:
     """A value on the stack: how deep its containers go, how many values are inside of it, where those that stand in it
     several times count each time (as they do for whoever hashes or prints it), and how many of them, itself included,
@@ -51,7 +65,7 @@ class _Value:
         self.depth, self.weight, self.chosen, self.keys = depth, weight, chosen, 0
 
 
-def check(data: bytes) -> None:
+def check(data: bytes, limits: Limits = TENSORS) -> None:
     """Refuse a pickle with odd opcodes, a huge memo, deep nesting, a few bytes that stand for billions of values, or
     thousands of keys that could have been chosen to be compared with one another.
 
@@ -67,28 +81,28 @@ def check(data: bytes) -> None:
     small, long = _Value(0, 1, 0), _Value(0, 1, 1)  # one for all: nothing can be put into them
     for op, arg, _ in pickletools.genops(data):
         name = op.name
-        if name in REFUSED:
-            raise FastrexError(f"its pickle uses {name}, which no torch file needs")
+        if name in limits.refused:
+            raise FastrexError(f"its pickle uses {name}, which no such file needs")
         if name in CHEAP:
             plain += 1
-            if plain > MAX_PLAIN:
-                raise FastrexError(f"its pickle has more than {MAX_PLAIN} numbers and words")
+            if plain > limits.plain:
+                raise FastrexError(f"its pickle has more than {limits.plain} numbers and words")
         else:
             steps += 1
-            if steps > MAX_STEPS:
-                raise FastrexError(f"its pickle has more than {MAX_STEPS} operations")
+            if steps > limits.steps:
+                raise FastrexError(f"its pickle has more than {limits.steps} operations")
         if name in PLAIN:
             bits = arg.bit_length() if isinstance(arg, int) else 0
             if bits > MAX_BITS:
                 raise FastrexError(f"its pickle has a number of more than {MAX_BITS} bits")
             # A long text that stands in many places is looked at in each.
-            weight = 1 + (len(arg) // 64 if isinstance(arg, str | bytes) else 0)
+            weight = 1 + (len(arg) // 64 if isinstance(arg, str | bytes | bytearray) else 0)
             stack.append(long if bits > 32 else small if weight == 1 else _Value(0, weight, 0))
         elif name == "MARK":
             marks.append(len(stack))
         elif name in PUT:
             place = len(memo) if arg is None else int(arg)
-            if place > MAX_PLACES:
+            if place > limits.places:
                 raise FastrexError(f"its pickle asks for a memo of {place} places")
             memo[place] = stack[-1]
         elif name in GET:
@@ -111,8 +125,8 @@ def check(data: bytes) -> None:
                 chosen += value.chosen
                 depth = max(depth, value.depth)
             work += weight
-            if work > MAX_WORK:
-                raise FastrexError(f"its pickle unfolds to more than {MAX_WORK} values")
+            if work > limits.work:
+                raise FastrexError(f"its pickle unfolds to more than {limits.work} values")
             if depth >= MAX_DEPTH:
                 raise FastrexError(f"its containers are nested more than {MAX_DEPTH} deep")
             if name in GATHER:

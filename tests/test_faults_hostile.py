@@ -426,7 +426,7 @@ class Records(Target):
 
     def read(self) -> None:
         metrics._drop_after(self.folder / "metrics.jsonl", 1)
-        assert all(record["step"] <= 1 for _, record in metrics._records(self.folder / "metrics.jsonl"))
+        assert all(record["step"] <= 1 for _, record in metrics.records(self.folder / "metrics.jsonl"))
         assert isinstance(rundir.read_status(self.folder)["state"], str)
 
 

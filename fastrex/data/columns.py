@@ -3,10 +3,11 @@ or not at all, and read without belief in what it claims."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,18 @@ def _array(stored: StoredZip, name: str, dtype: Any) -> NDArray[Any]:
     if len(content) != length + count * np.dtype(dtype).itemsize:
         raise ValueError(f"column {name} must have {count} values")
     return np.frombuffer(content, dtype, offset=length)
+
+
+def refuse_outside(blob: bytes, offsets: NDArray[np.int64], shards: Sequence[str]) -> None:
+    """An index may come with somebody else's data: its paths (``blob[offsets[i]:offsets[i + 1]]``) and the names of its
+    shards stay below the root; ValueError where one does not."""
+    suspects = [os.fsencode(name) for name in shards]
+    letters = np.frombuffer(blob, np.uint8)
+    if b".." in blob:
+        suspects += [blob[start:end] for start, end in itertools.pairwise(offsets.tolist())]
+    if (
+        b"\0" in blob
+        or (letters[offsets[:-1]] == ord("/")).any()
+        or any(path.startswith(b"/") or b"\0" in path or b".." in path.split(b"/") for path in suspects)
+    ):
+        raise ValueError("index: a path leads out of the folder")

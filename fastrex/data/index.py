@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -21,10 +20,22 @@ from numpy.typing import NDArray
 from ..errors import FastrexError
 from . import columns as stored_columns
 from .headers import probe
-from .scan import LAYOUT_HELP, PIXEL_LIMIT, REASONS, Progress, Status, case_clashes, quoted
+from .places import cache_dir, default_path, stored_paths
+from .scan import LAYOUT_HELP, PIXEL_LIMIT, REASONS, Listing, Progress, Status, case_clashes, quoted
 from .sources import find_source
 
-__all__ = ["Index", "Progress", "Status", "build", "cache_dir", "default_path", "load", "open_or_build", "save"]
+__all__ = [
+    "Index",
+    "Progress",
+    "Status",
+    "build",
+    "cache_dir",
+    "default_path",
+    "from_listing",
+    "load",
+    "open_or_build",
+    "save",
+]
 
 VERSION = 2
 COLUMNS = {
@@ -104,6 +115,13 @@ class Index:
         status[np.asarray(rows, np.int64)] = statuses
         return _assemble(self._meta(), self.blob, self._columns() | {"status": status})
 
+    def held_apart(self, held_out: float) -> Index:
+        """This index where ``rows("val", held_out)`` are its test images, with the layout "train+test"."""
+        split = np.zeros(len(self), np.uint8)
+        split[self.rows("val", held_out)] = 1
+        meta = self._meta() | {"layout": "train+test"}
+        return _rows_of(meta, self, np.argsort(split, kind="stable"), self._columns() | {"split": split})
+
     def _meta(self) -> dict[str, Any]:
         return {"root": str(self.root)} | {name: getattr(self, name) for name in META}
 
@@ -139,24 +157,6 @@ class Index:
         return [(self.name(int(row)), REASONS[Status(self.status[row])]) for row in np.flatnonzero(self.status)]
 
 
-def cache_dir() -> Path:
-    """Folder for what fastrex keeps between runs: ``FASTREX_CACHE``, or ``~/.cache/fastrex``. It may not exist yet."""
-    return Path(os.environ.get("FASTREX_CACHE") or "~/.cache/fastrex").expanduser()
-
-
-def default_path(root: str | Path) -> Path:
-    """Where ``fastrex data index`` puts the index of ``root``: ``.fastrex/index.npz`` in a folder, or the cache folder
-    if that is read-only or ``root`` a file."""
-    *inside, cached = _stored_paths(root)
-    for path in inside:
-        folder = path.parent
-        writable = os.access(folder if folder.exists() else folder.parent, os.W_OK | os.X_OK)
-        # Not through a link: it may come with somebody else's data, and lead anywhere.
-        if writable and not folder.is_symlink() and (folder.is_dir() or not folder.exists()):
-            return path
-    return cached
-
-
 def open_or_build(
     root: str | Path, *, threads: int = 0, progress: Progress | None = None, empty_classes: str = "error"
 ) -> Index:
@@ -171,7 +171,7 @@ def open_or_build(
     source = find_source(root)
     stamp = source.stamp
     # The newest first: what the check found since must not be hidden by an older index that could not be replaced.
-    for path in sorted(_stored_paths(root), key=_modified, reverse=True):
+    for path in sorted(stored_paths(root), key=_modified, reverse=True):
         try:
             index = load(path)
         except FastrexError:
@@ -184,7 +184,7 @@ def open_or_build(
             return _without_empty(_place(root), index, empty_classes)
     index = build(root, threads=threads, progress=progress, empty_classes=empty_classes)
     # Training never writes into a folder of images unasked; `fastrex data index` does, so that others find it there.
-    save(index, _stored_paths(root)[-1])
+    save(index, stored_paths(root)[-1])
     return index
 
 
@@ -200,13 +200,30 @@ def build(
     if empty_classes not in ("error", "skip"):
         raise ValueError(f'build: empty_classes must be "error" or "skip", got {empty_classes!r}')
     source = find_source(root)
-    place, stamp = _place(root), source.stamp
+    stamp = source.stamp
     listed = source.listing(threads)
     if not listed.paths:
         fact = f"no image in any {'shard' if listed.shards else 'class folder'}, {listed.ignored} other files"
         beside = list(source.root.glob("*.tar")) and not listed.shards
         hint = "; tar shards must not stand beside folders" if beside else ""
-        raise FastrexError(f"{place}: {fact}; {LAYOUT_HELP}{hint}")
+        raise FastrexError(f"{_place(root)}: {fact}; {LAYOUT_HELP}{hint}")
+    return from_listing(
+        listed, stamp, place=_place(root), threads=threads, progress=progress, empty_classes=empty_classes
+    )
+
+
+def from_listing(
+    listed: Listing,
+    stamp: str,
+    *,
+    place: str = "",
+    threads: int = 0,
+    progress: Progress | None = None,
+    empty_classes: str = "error",
+) -> Index:
+    """Index of the images that are listed: each header is read. ``stamp`` is kept with it; ``place`` is what errors
+    call the source, by default the listing's root; the others, and errors, as for :func:`build`."""
+    place = place or _place(listed.root)
     # Before the scan, which may take minutes, what needs no file opened.
     if empty_classes == "error":
         named = np.bincount(listed.labels[listed.splits == 0], minlength=len(listed.classes)) > 0
@@ -227,7 +244,7 @@ def build(
         "first": listed.first,
     }
     meta = {
-        "root": str(source.root),
+        "root": str(listed.root),
         "layout": listed.layout,
         "classes": listed.classes,
         "skipped": (),
@@ -306,12 +323,17 @@ def _without_empty(place: str, index: Index, empty_classes: str) -> Index:
     if not empty:
         return index
     kept = np.flatnonzero(filled[index.labels])
-    paths = [index.blob[index.offsets[row] : index.offsets[row + 1]] for row in kept]
-    columns = {name: column[kept] for name, column in index._columns().items() if name != "offsets"}
-    columns["labels"] = (np.cumsum(filled) - 1)[columns["labels"]].astype(np.int32)
-    columns["offsets"] = np.concatenate(([0], np.cumsum([len(path) for path in paths]))).astype(np.int64)
+    columns = index._columns() | {"labels": (np.cumsum(filled) - 1)[index.labels].astype(np.int32)}
     classes = tuple(name for name, there in zip(names, filled, strict=True) if there)
     meta = index._meta() | {"classes": classes, "skipped": (*index.skipped, *empty)}
+    return _rows_of(meta, index, kept, columns)
+
+
+def _rows_of(meta: dict[str, Any], index: Index, rows: NDArray[np.int64], columns: dict[str, NDArray[Any]]) -> Index:
+    """Index of ``rows`` of ``index``, in that order, with the ``columns`` of all its rows instead of its own."""
+    paths = [index.blob[index.offsets[row] : index.offsets[row + 1]] for row in rows]
+    columns = {name: column[rows] for name, column in columns.items() if name != "offsets"}
+    columns["offsets"] = np.concatenate(([0], np.cumsum([len(path) for path in paths]))).astype(np.int64)
     return _assemble(meta, b"".join(paths), columns)
 
 
@@ -345,7 +367,7 @@ def _assemble(meta: dict[str, Any], blob: bytes, columns: dict[str, Any]) -> Ind
     shaped = min(heights.min(), widths.min()) >= 0 and not (good & ((pixels < 1) | (pixels > PIXEL_LIMIT))).any()
     if not shaped or columns["sizes"].min() < 0 or columns["split"].max() > 1:
         raise ValueError("index: good images must have a shape that may be decoded, all of them a size and a split")
-    _refuse_outside(blob, offsets, shards)
+    stored_columns.refuse_outside(blob, offsets, shards)
     empty = {name: np.empty(0, dtype) for name, dtype in PLACES.items()}
     return Index(
         root=Path(meta["root"]),
@@ -362,30 +384,8 @@ def _assemble(meta: dict[str, Any], blob: bytes, columns: dict[str, Any]) -> Ind
     )
 
 
-def _refuse_outside(blob: bytes, offsets: NDArray[np.int64], shards: Sequence[str]) -> None:
-    """An index may come with somebody else's data: its paths stay below the root."""
-    suspects = [os.fsencode(name) for name in shards]
-    letters = np.frombuffer(blob, np.uint8)
-    if b".." in blob:
-        suspects += [blob[start:end] for start, end in itertools.pairwise(offsets.tolist())]
-    if (
-        b"\0" in blob
-        or (letters[offsets[:-1]] == ord("/")).any()
-        or any(path.startswith(b"/") or b"\0" in path or b".." in path.split(b"/") for path in suspects)
-    ):
-        raise ValueError("index: a path leads out of the folder")
-
-
 def _place(root: str | Path) -> str:
     return repr(os.path.abspath(Path(root).expanduser()))
-
-
-def _stored_paths(root: str | Path) -> list[Path]:
-    """Where an index of ``root`` may be stored; the last place is in the cache folder."""
-    root = Path(root).expanduser()
-    key = hashlib.blake2b(os.fsencode(root.resolve()), digest_size=16).hexdigest()
-    inside = [] if root.is_file() else [root / ".fastrex" / "index.npz"]
-    return [*inside, cache_dir() / "index" / f"{key}.npz"]
 
 
 def _modified(path: Path) -> float:
