@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Config
 from .data.index import Index
 from .data.loader import EvalLoader
 from .distributed import World, gather_ragged, sum_
+from .neighbours import knn_scores
 from .verdict import Stopped
 
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -69,26 +69,6 @@ def knn_rows(index: Index, rows: np.ndarray[Any, Any], per_class: int) -> np.nda
     labels = index.labels[rows][order]
     first = np.searchsorted(labels, labels, side="left")
     return np.sort(rows[order[np.arange(len(labels)) - first < per_class]])
-
-
-def knn_scores(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, num_classes: int, k: int, temperature: float, chunk: int = 1024
-) -> Tensor:
-    """Weighted k-NN votes [Q, C]: the k nearest bank rows by cosine vote for their class with exp(cosine /
-    temperature).
-
-    Args:
-        bank: features [M, D]. bank_labels: int64 [M]. queries: features [Q, D]. k is capped at M.
-    """
-    bank = F.normalize(bank.float(), dim=1)
-    votes = torch.zeros(len(queries), num_classes, device=queries.device)
-    for start in range(0, len(queries), chunk):
-        part = F.normalize(queries[start : start + chunk].float(), dim=1)
-        near, where = (part @ bank.T).topk(min(k, len(bank)), dim=1)
-        # Shifted by the nearest one: exp(1 / 0.01) would overflow in float32.
-        weight = ((near - near[:, :1]) / temperature).exp()
-        votes[start : start + chunk].scatter_add_(1, bank_labels[where], weight)
-    return votes
 
 
 def _extract(

@@ -26,7 +26,7 @@ def test_against_a_plain_loop_and_in_chunks() -> None:
     bank, queries = torch.randn(60, 8, generator=g), torch.randn(37, 8, generator=g)
     labels = torch.randint(5, (60,), generator=g)
     whole = knn_scores(bank, labels, queries, 5, k=20, temperature=0.07)
-    torch.testing.assert_close(whole, knn_scores(bank, labels, queries, 5, k=20, temperature=0.07, chunk=10))
+    torch.testing.assert_close(whole, knn_scores(bank, labels, queries, 5, k=20, temperature=0.07, budget=4096))
     cosine = torch.nn.functional.cosine_similarity(queries[:, None], bank[None], dim=2)
     for row in range(len(queries)):
         near = cosine[row].argsort(descending=True)[:20]
