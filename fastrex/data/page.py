@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 from collections.abc import Iterable, Sequence
 
@@ -11,6 +9,7 @@ from PIL import Image
 
 from .. import config as config_module
 from ..config import Config
+from ..markup import Raw, data_url, document, table, text
 from ..settings import toml_value
 from .plan import (
     BLUR,
@@ -32,28 +31,9 @@ COLUMNS = ("FLIP", "ORDER", "BRIGHTNESS", "CONTRAST", "SATURATION", "HUE", "GRAY
 SMALL = 64  # pixels: below that a crop is shown with hard edges, so that its pixels show
 
 STYLE = """
-:root { color-scheme: light dark; --back: #fff; --text: #1f2328; --dim: #59636e; --line: #d1d9e0; --card: #f6f8fa; }
-@media (prefers-color-scheme: dark) {
-  :root { --back: #0d1117; --text: #e6edf3; --dim: #9198a1; --line: #3d444d; --card: #151b23; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 80rem; padding: 1rem; background: var(--back); color: var(--text);
-  font: 1rem/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; margin: 0 0 .5rem; }
-h2 { font-size: 1.05rem; margin: .25rem 0 0; color: var(--text); }
-p { margin: .25rem 0; }
-.dim, figcaption { color: var(--dim); font-size: .85rem; }
-code { font: .85rem/1.4 ui-monospace, monospace; }
-p > code { display: block; padding: .5rem; background: var(--card); border: 1px solid var(--line); border-radius: 4px; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .85rem; margin: .5rem 0; }
-details td:last-child { min-width: 12rem; }
-th, td { padding: .2rem .75rem .2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line);
-  overflow-wrap: normal; }
-summary { cursor: pointer; color: var(--dim); font-size: .85rem; }
 article { margin: 1.25rem 0; padding: .75rem; background: var(--card); border: 1px solid var(--line);
   border-radius: 6px; display: grid; gap: .75rem; grid-template-columns: minmax(0, 1fr); }
-figure { margin: 0; min-width: 0; }
+h2 { color: var(--text); }
 svg { display: block; width: 100%; height: auto; max-height: 32rem; }
 rect { fill: transparent; stroke-width: 2px; vector-effect: non-scaling-stroke; }
 .crops { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 9.25rem), 1fr));
@@ -78,15 +58,6 @@ def page(samples: Sequence[Sample], config: Config, title: str, command: str, no
     colours = "".join(
         f".colour{i} {{ stroke: {colour}; border-color: {colour}; }}\n" for i, colour in enumerate(COLOURS)
     )
-    head = [
-        '<meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        # Whatever a file name might smuggle in: nothing runs, nothing is loaded.
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        "style-src 'unsafe-inline'\">",
-        f"<title>{text(title)}</title>",
-        f"<style>{STYLE}{colours}{pointed}</style>",
-    ]
     body = [
         f"<h1>{text(title)}</h1>",
         *(f'<p class="dim">{text(line)}</p>' for line in notices),
@@ -95,19 +66,7 @@ def page(samples: Sequence[Sample], config: Config, title: str, command: str, no
         _settings(config),
         *(_article(number, sample) for number, sample in enumerate(samples)),
     ]
-    lines = ["<!DOCTYPE html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", *body, "</body>", "</html>"]
-    return "\n".join(lines) + "\n"
-
-
-def text(value: object) -> str:
-    """A value as the text of an element or a quoted attribute: markup is escaped, and what cannot be seen is spelt out
-    (control characters, marks that turn the direction of writing, bytes of a name that are not UTF-8)."""
-    return html.escape("".join(c if c.isprintable() else _spelt(c) for c in str(value)))
-
-
-def _spelt(character: str) -> str:
-    byte = ord(character) - 0xDC00  # where Python keeps a byte that is not UTF-8
-    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else ascii(character)[1:-1]
+    return document(title, "\n".join(body), f"{STYLE}{colours}{pointed}")
 
 
 def words(crop: Crop) -> list[str]:
@@ -128,24 +87,21 @@ def words(crop: Crop) -> list[str]:
 
 
 def _groups(groups: dict[CropGroup, str]) -> str:
-    head = "".join(f"<th>{word}</th>" for word in ("crops", "number", "size", "area of the image", "blur", "solarise"))
     rows = [
-        f"<tr><td>{text(g.name)}</td><td>{g.crops}</td><td>{g.size} × {g.size}</td><td>{g.scale[0]:.0%} to "
-        f"{g.scale[1]:.0%}</td><td>{g.blur:.0%}</td><td>{g.solarize:.0%}</td></tr>"
+        (g.name, g.crops, f"{g.size} × {g.size}", f"{g.scale[0]:.0%} to {g.scale[1]:.0%}", f"{g.blur:.0%}",
+         f"{g.solarize:.0%}")
         for g in groups
-    ]
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    ]  # fmt: skip
+    return table(("crops", "number", "size", "area of the image", "blur", "solarise"), rows)
 
 
 def _settings(config: Config) -> str:
     rows = [
-        f"<tr><td><code>{text(section)}.{text(key)}</code></td><td><code>{text(toml_value(value))}</code></td>"
-        f"<td>{text(help)}</td></tr>"
+        (Raw(f"<code>{text(section)}.{text(key)}</code>"), Raw(f"<code>{text(toml_value(value))}</code>"), help)
         for section, key, value, help in config_module.items(config)
         if section in ("data", "augment") or (section, key) in (("optim", "batch_size"), ("run", "seed"))
     ]
-    table = f'<div class="wide"><table><tbody>{"".join(rows)}</tbody></table></div>'
-    return f"<details><summary>settings of recipe {text(config.recipe)}</summary>{table}</details>"
+    return f"<details><summary>settings of recipe {text(config.recipe)}</summary>{table((), rows)}</details>"
 
 
 def _article(number: int, sample: Sample) -> str:
@@ -201,4 +157,4 @@ def _data(picture: Image.Image, kind: str) -> str:
     """As a data URL: PNG keeps every pixel of a crop, JPEG is enough for the image that it comes from."""
     buffer = io.BytesIO()
     picture.save(buffer, format=kind, **({"quality": 85} if kind == "JPEG" else {}))
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return data_url(buffer.getvalue(), kind.lower())
