@@ -60,7 +60,8 @@ def _words(context: click.Context, param: click.Parameter, text: str | None) -> 
 )
 @click.option("--shots", callback=_numbers, help="Also with so many training images per class, such as 1,2,4,8.")
 @click.option("--size", type=click.IntRange(min=1), help="Side of the image in pixels; default the source's, or 224.")
-@click.option("--cache", type=PLACE, help="Where features are kept; default the cache folder.")
+@click.option("--cache", type=PLACE, help="Where features are kept; default the cache folder. May be deleted.")
+@click.option("--no-cache", is_flag=True, help="Keep no features; an interrupted extraction begins anew.")
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Decoder threads per rank; 0 = its cores.")
 @click.option("--batch", type=click.IntRange(min=1), default=128, show_default=True, help="Images per batch.")
 @click.option("--compare", multiple=True, type=PLACE, metavar="DIR", help="Other results to put into the table.")
@@ -76,6 +77,7 @@ def transfer(
     shots: tuple[int, ...],
     size: int | None,
     cache: Path | None,
+    no_cache: bool,
     threads: int,
     batch: int,
     compare: tuple[Path, ...],
@@ -94,6 +96,8 @@ def transfer(
     """
     from .transfer import suite
 
+    if no_cache and cache is not None:
+        raise UsageError("--no-cache must stand without --cache, got both; give one of them")
     return suite.run(
         source,
         sets,
@@ -105,6 +109,7 @@ def transfer(
         shots=shots,
         size=size,
         cache=cache,
+        keep=not no_cache,
         threads=threads,
         batch_size=batch,
         compare=compare,
@@ -123,7 +128,7 @@ def transfer(
     help="As for transfer: whose held-out images are looked at.",
 )
 @click.option("--root", type=PLACE, help="The folder that holds the official sets.")
-@click.option("--out", type=PLACE, help="Where the result is written; default SOURCE/analysis for a lone run.")
+@click.option("--out", type=PLACE, help="Where it is written; default SOURCE/analysis for a lone run, else ./analysis.")
 @click.option("--images", type=click.IntRange(min=2), help="At most so many images of each set.")
 @click.option("--size", type=click.IntRange(min=1), help="Side of the image in pixels; default the source's, or 224.")
 @click.option("--cache", type=PLACE, help="Where features are kept; default the cache folder.")
@@ -146,6 +151,10 @@ def analyze(
 
     \b
     fastrex analyze runs/depth0 runs/depth1 runs/depth3 --sets val=/data/imagenet --out depth
+    fastrex analyze RUN --sets small --root /data/transfer --images 5000
+
+    Writes analysis.json, analysis.md and analysis.html: each set alone, and all of them pooled (without IN1K). Several
+    runs are put in the order of their projectors' depths. Sets that are not there are left out, by name.
     """
     from .analysis import analyze as analysis
 

@@ -97,7 +97,7 @@ def load_encoder(source: str | Path) -> nn.Module:
     C is 3, or 1 for an encoder of grey images. ``num_features`` of the module is D. A ``ResNet``, or timm's model for a
     ``timm:`` encoder.
     """
-    return _build(load_source(source), str(source))
+    return assemble(load_source(source), str(source))
 
 
 def export(
@@ -139,7 +139,7 @@ def export(
         raise FastrexError(
             f"export: {to} has no counterpart of this encoder ({known}); use {other}--to hf and fastrex.load_encoder"
         )
-    model = _build(found, str(source))
+    model = assemble(found, str(source))
     temp = out.parent / f".{out.name}.tmp-{os.getpid()}"
     old = out.parent / f".{out.name}.old-{os.getpid()}"
     try:
@@ -261,7 +261,8 @@ def _channels(state: Mapping[str, Tensor], arch: Mapping[str, Any], known: int =
     return known if str(arch["arch"]).startswith("timm:") else int(state["conv1.weight"].shape[1])
 
 
-def _build(source: Source, name: str) -> nn.Module:
+def assemble(source: Source, name: str) -> nn.Module:
+    """The encoder of a source that has been read, in eval mode; ``name`` is what errors call it."""
     config = ModelConfig(**source.arch)
     try:
         if not config.arch.startswith("timm:"):
@@ -358,7 +359,7 @@ def _verify(folder: Path, model: nn.Module, source: Source) -> None:
     size = DataConfig(**source.preprocessing).eval_size if str(source.arch["arch"]).startswith("timm:") else 64
     images = torch.randn(2, source.channels, size, size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        wanted, got = model(images), _build(written, str(folder))(images)
+        wanted, got = model(images), assemble(written, str(folder))(images)
     if not torch.isfinite(wanted).all():
         raise FastrexError("export: the encoder must give finite features, it does not; its training diverged")
     if written.arch != source.arch or not torch.equal(got, wanted):

@@ -125,12 +125,16 @@ def crops(
         yield request, [from_dlpack(output.as_tensor()) for output in outputs]
 
 
-def centre_crops(requests: Iterator[Request], size: int, decoder: Decoder) -> Iterator[tuple[Request, Tensor]]:
-    """Decode, resize with an antialiased linear filter, cut the centre: uint8 [B, size, size, 3]; as :func:`crops`."""
+def centre_crops(
+    requests: Iterator[Request], size: int, decoder: Decoder, interpolation: str = "bilinear"
+) -> Iterator[tuple[Request, Tensor]]:
+    """Decode, resize with an antialiased filter ("bilinear" or "bicubic"), cut the centre: uint8 [B, size, size, 3]; as
+    :func:`crops`."""
 
     def graph(fn: Any, types: Any, images: Any, arguments: Sequence[Any]) -> list[Any]:
         start, end, extent, place = arguments
-        how = {"interp_type": types.INTERP_LINEAR, "antialias": True}
+        kinds = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+        how = {"interp_type": kinds[interpolation], "antialias": True}
         part = fn.resize(images, roi_start=start, roi_end=end, size=extent, **how)
         return [fn.slice(part, start=place, shape=[size, size], axes=[0, 1], out_of_bounds_policy="pad")]
 

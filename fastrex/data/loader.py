@@ -7,6 +7,7 @@ ahead they run: every loader can be iterated again and gives the same bits.
 
 from __future__ import annotations
 
+import itertools
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -317,6 +318,11 @@ class EvalLoader(_Loader[tuple[Tensor, Tensor, Rows]]):
 
     The last batch may be short, and with ``data.on_bad_sample=replace`` so may be one that held a bad file: it is left
     out, nothing takes its place. Arguments and errors as for :class:`TrainLoader`.
+
+    Args:
+        interpolation: "bilinear" or "bicubic", antialiased.
+        within: batches end at multiples of so many of ``rows``, so that what is computed of these does not depend on
+            those before them; 0: only at the end.
     """
 
     def __init__(
@@ -329,15 +335,23 @@ class EvalLoader(_Loader[tuple[Tensor, Tensor, Rows]]):
         device: Device,
         dtype: torch.dtype,
         threads: int = 0,
+        interpolation: str = "bilinear",
+        within: int = 0,
     ) -> None:
         super().__init__(index, data, device, dtype, threads or data.threads)
         if batch_size < 1:
             raise ValueError(f"EvalLoader: batch_size must be positive, got {batch_size}")
         self.rows, self.batch_size = rows, batch_size
+        self.interpolation, self.within = interpolation, within or max(1, len(rows))
 
     def __len__(self) -> int:
         """Number of batches, were no file to go bad."""
-        return -(-len(self.rows) // self.batch_size)
+        return len(self._starts())
+
+    def _starts(self) -> list[int]:
+        blocks = range(0, len(self.rows), self.within)
+        ends = [min(start + self.within, len(self.rows)) for start in blocks]
+        return [i for start, end in zip(blocks, ends, strict=True) for i in range(start, end, self.batch_size)]
 
     def _settle(self, asked: Rows) -> _Wanted:
         kept = asked[~np.isin(asked, list(self.bad.rows))]
@@ -349,10 +363,13 @@ class EvalLoader(_Loader[tuple[Tensor, Tensor, Rows]]):
 
     def _items(self) -> Iterator[tuple[Tensor, Tensor, Rows]]:
         reader = Reader(self.index, self.threads)
-        parts = (self.rows[i : i + self.batch_size] for i in range(0, len(self.rows), self.batch_size))
+        starts = self._starts()
+        parts = (self.rows[start:end] for start, end in itertools.pairwise([*starts, len(self.rows)]))
         maker = CropMaker(self.data, self.device, self.dtype, 1)
+        decoder = self._decoder(self.batch_size)
         try:
-            cut = dali.centre_crops(self._requests(reader, parts), self.data.eval_size, self._decoder(self.batch_size))
+            requests = self._requests(reader, parts)
+            cut = dali.centre_crops(requests, self.data.eval_size, decoder, self.interpolation)
             for request, images in cut:
                 rows = request.token.rows
                 yield maker.centre(images), self._target(rows), rows
