@@ -21,7 +21,7 @@ from fastrex.step import Trainer
 def main(out: Path, dtype: str, steps: int, settings: list[str], nudge: float, run: Path | None) -> None:
     torch.set_default_dtype(getattr(torch, dtype))
     config = objectives.resolve(c.load("demo", settings))
-    losses, norms, samples = [], [], []
+    losses, norms, changes, samples = [], [], [], []
     with distributed.world("cpu") as world:
         data = open_dataset(config, world)
         trainer = Trainer(config, len(data.classes), world)
@@ -44,16 +44,17 @@ def main(out: Path, dtype: str, steps: int, settings: list[str], nudge: float, r
                 samples.append(batch.samples.tolist())
                 if batch.last_micro:
                     values = trainer.step(batch.step, micros, plan.lr(batch.step + 1))
-                    losses.append(float(distributed.sum_(values["loss"].clone(), world)) / world.size)
+                    for name, means in (("loss", losses), ("class_change", changes)):
+                        means.append(float(distributed.sum_(values[name].clone(), world)) / world.size)
                     norms.append(float(values["grad_norm"]))
                     micros = []
         if run is not None:
             resume.Saving(trainer, data, run, lines.append).save(steps, last=True)
         parts = {f"{stem}/{n}": t.contiguous().clone() for stem, ts in trainer.parts().items() for n, t in ts.items()}
         safetensors.torch.save_file(parts, out / f"rank{world.rank}.safetensors")
+        log = {"losses": losses, "norms": norms, "changes": changes, "samples": samples}
         (out / f"rank{world.rank}.json").write_text(
-            json.dumps({"losses": losses, "norms": norms, "samples": samples, "eval": results, "lines": lines}),
-            encoding="utf-8",
+            json.dumps({**log, "eval": results, "lines": lines}), encoding="utf-8"
         )
 
 

@@ -7,10 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+# Numbers in the class vectors up to which their change is logged: beyond, reading them all would show in a step.
+CHANGE_UP_TO = 2**24
 
 
 class Objective(nn.Module, ABC):
@@ -22,19 +26,21 @@ class Objective(nn.Module, ABC):
     Attributes:
         split: names of the parameters of which a rank holds and trains its own rows only. Their gradients come out of
             the backward as the averages over the ranks that all other gradients still have to become.
+        class_ranks: over how many ranks the rows of :meth:`class_vectors` are split; 1 where each has them all.
     """
 
     name: ClassVar[str]
     needs_ema: ClassVar[bool]
     Options: ClassVar[type[Any]]
     split: frozenset[str]
+    class_ranks: int
 
     def __init__(
         self, in_features: int, num_classes: int, options: Any, *, seed: int, group: ProcessGroup | None = None
     ) -> None:
         super().__init__()
         self.in_features, self.num_classes, self.options = in_features, num_classes, options
-        self.split = frozenset()
+        self.split, self.class_ranks = frozenset(), 1
 
     @abstractmethod
     def forward(self, features: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -47,6 +53,34 @@ class Objective(nn.Module, ABC):
     def predict(self, features: Tensor) -> Tensor | None:
         """Class scores [B, C] of projected features [B, D], or None when the objective has no classifier."""
         return None
+
+    def class_vectors(self) -> Tensor | None:
+        """The vectors that features are compared with, one row per class [C, D] of any length (this rank's rows where
+        they are split), as they stand; None for an objective without any."""
+        return None
+
+    @torch.no_grad()
+    def class_directions(self) -> Tensor | None:
+        """:meth:`class_vectors` divided by their l2 norms, float32 or better, as a copy (a zero vector stays zero);
+        None without any, or where they have more than ``CHANGE_UP_TO`` numbers in all."""
+        if self.num_classes * self.in_features > CHANGE_UP_TO or (vectors := self.class_vectors()) is None:
+            return None
+        return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=1, eps=1e-12)
+
+    @torch.no_grad()
+    def class_change(self, before: Tensor | None) -> dict[str, Tensor]:
+        """``class_change``: how far the class vectors have moved on the unit sphere since ``before``, an earlier answer
+        of :meth:`class_directions`: 1/C sum_c ||w_c - before_c||_2, 0-d; nothing where that was None.
+
+        t-ReX shows that prototypes move more per step than learnt weights; the norm is this project's reading. Of rows
+        that are split over ranks a rank gives their part times the number of ranks: the mean over ranks, which is
+        logged, is that of all classes.
+        """
+        after = None if before is None else self.class_directions()
+        if before is None or after is None:
+            return {}
+        moved = torch.linalg.vector_norm(after - before, dim=1).sum()
+        return {"class_change": moved * (self.class_ranks / self.num_classes)}
 
     def classifier(self) -> Callable[[Tensor], Tensor | None]:
         """:meth:`predict` as the state stands now, for one rank to call as often as it likes; to be asked for by all

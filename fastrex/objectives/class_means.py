@@ -68,6 +68,9 @@ class ClassMeans(Objective):
         prototypes = self.means.prototypes()
         return F.normalize(features.to(prototypes.dtype), dim=1) @ prototypes.T
 
+    def class_vectors(self) -> Tensor:
+        return self.means.prototypes()
+
     def check(self, state: Mapping[str, Tensor]) -> None:
         # A pointer beyond the ring would write beyond it, which a GPU does not notice.
         for name, end in (("means.pointer", self.options.bank_size), ("means.labels", self.num_classes)):

@@ -68,7 +68,7 @@ class CosineSoftmax(Objective):
             process_group=group if ranks > 1 else None,
         )
         if ranks > 1:
-            self.split = frozenset({"head.weight"})
+            self.split, self.class_ranks = frozenset({"head.weight"}), ranks
 
     def forward(self, features: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss, stats = self.head(features, target, return_stats=True)
@@ -78,6 +78,9 @@ class CosineSoftmax(Objective):
     def predict(self, features: Tensor) -> Tensor:
         logits: Tensor = self.head.logits(features)
         return logits
+
+    def class_vectors(self) -> Tensor:
+        return self.head.weight
 
     def classifier(self) -> Callable[[Tensor], Tensor | None]:
         # All classes on every rank for once: ranks evaluate different numbers of images, so none can wait for another.

@@ -41,7 +41,7 @@ class Softmax(Objective):
     ) -> None:
         super().__init__(in_features, num_classes, options, seed=seed, group=group)
         # Drawn once, by the run's seed: torch's own generator stays where it is.
-        self.linear: nn.Linear = nn.utils.skip_init(nn.Linear, in_features, num_classes)
+        self.linear = nn.Linear(in_features, num_classes, device="meta").to_empty(device="cpu")
         bound, generator = in_features**-0.5, torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in self.linear.parameters():
