@@ -185,8 +185,8 @@ class Log:
         """Whether an evaluation of this step is on record (rank 0 knows)."""
         if not self.main:
             return False
-        records = _records(self.run / "metrics.jsonl")
-        return any(record["step"] == step and "eval/knn" in record for _, record in records)
+        found = records(self.run / "metrics.jsonl")
+        return any(record["step"] == step and "eval/knn" in record for _, record in found)
 
     def close(self) -> None:
         if self.main:
@@ -214,11 +214,11 @@ def progress(step: int, total: int, epoch: int, values: Mapping[str, float], eta
 
 def _drop_after(path: Path, step: int) -> None:
     """Forget records past the checkpoint that training continues from: those steps are about to be made again."""
-    kept = [line for line, record in _records(path) if record["step"] <= step]
+    kept = [line for line, record in records(path) if record["step"] <= step]
     files.write_text(path, "".join(f"{line}\n" for line in kept))
 
 
-def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The lines of metrics.jsonl with what they say; what is none, as the line that a kill has cut, is left out."""
     with untrusted.opened(path) as raw, io.TextIOWrapper(raw, encoding="utf-8", errors="replace") as file:
         while line := file.readline(MAX_LINE):
