@@ -18,6 +18,7 @@ from . import curve as curve_module
 from . import files
 from .gpu_jobs import PARTS
 from .gpu_jobs import Settings as GpuSettings
+from .probe import command as probe_command
 from .tradeoff import command as tradeoff_command
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
@@ -42,6 +43,8 @@ def main() -> None:
     fastrex bench loader --data PATH --threads 2 --json loader.json --png loader.png
     fastrex bench step --threads 2 --json step.json --png step.png
     fastrex bench run --data PATH --json run.json
+    fastrex bench probe --set pets --json probe.json
+    fastrex bench tradeoff --data ARCHIVES --out WORK
     fastrex bench curve RUN --name NAME
     fastrex bench gpu --out DIR
     python -m benchmarks reliability FILE
@@ -363,7 +366,7 @@ def _command(context: click.Context) -> str:
         source = context.get_parameter_source(str(option.name))
         if source is not click.core.ParameterSource.COMMANDLINE or option.name in OUTPUTS:
             continue
-        value = "PATH" if option.name == "data_path" else context.params[str(option.name)]
+        value = "PATH" if option.name in ("data_path", "features") else context.params[str(option.name)]
         for one in value if isinstance(value, tuple) else (value,):
             words += [str(one)] if isinstance(option, click.Argument) else [option.opts[0], str(one)]
     return shlex.join(words)
@@ -449,6 +452,7 @@ def gpu(
     sys.exit(code)
 
 
+main.add_command(probe_command, "probe")
 main.add_command(tradeoff_command, "tradeoff")
 
 

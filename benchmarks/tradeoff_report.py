@@ -15,16 +15,27 @@ from .tradeoff_data import NOVEL, SETS, TASK
 TRANSFER = tuple(name for name in SETS if name != TASK)
 TITLES = {TASK: "6 classes (task)", NOVEL: "4 new classes", "omniglot": "Omniglot", "digits": "digits"}
 # Two-sided 95 % of Student's t, by degrees of freedom: with three seeds a difference has to be large to be one.
-STUDENT = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-# Pairs (with, without) that differ in one thing, in the order of the method; the same seeds on both sides.
+STUDENT = (0.0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+# Pairs (with, without) in the order of the method; the same seeds on both sides.
 STEPS = (
+    ("a quarter of the learning rate", "base-slow", "base"),
+    ("four times the learning rate", "base-fast", "base"),
     ("multi-crop", "mc", "base"),
-    *((f"projector of {depth} hidden layers and cosine softmax", f"pr{depth}", "mc") for depth in range(4)),
-    ("projector of 3 instead of 0 hidden layers", "pr3", "pr0"),
+    ("cosine softmax", "cos", "mc"),
+    *((f"projector of {depth} hidden layers", f"pr{depth}", "cos") for depth in range(4)),
+    ("3 instead of 0 hidden layers", "pr3", "pr0"),
     ("OCM behind 1 hidden layer", "ocm1", "pr1"),
     ("OCM behind 3 hidden layers", "ocm3", "pr3"),
     ("all of it with 1 hidden layer", "ocm1", "base"),
     ("all of it with 3 hidden layers", "ocm3", "base"),
+)
+NOTES = (
+    "All arms see the same images for the same number of steps, with the same learning rate and schedule; a step with "
+    "multi-crop computes about twice as much as one without, and OCM adds a momentum encoder.",
+    "±: 95 % interval of Student's t over the seeds' differences, each on its own: of twenty such intervals one is "
+    "expected to leave out 0 by chance.",
+    "The task is a probe fitted to images of the classes that the encoder was trained on, tested on others; transfer "
+    f"is the mean log-odds of {len(TRANSFER)} sets.",
 )
 
 
@@ -44,6 +55,7 @@ def content(
     versions = machine.facts("cpu", "pooled")
     return {"command": command, "settings": dict(settings), "versions": versions, "arms": arms, "steps": steps} | {
         "conclusion": [sentence(step) for step in steps],
+        "notes": list(NOTES),
         "runs": list(runs),
     }
 
@@ -78,7 +90,7 @@ def _difference(runs: Sequence[Mapping[str, Any]], new: str, old: str) -> dict[s
     for axis in ("task", "transfer"):
         values = [of[new, seed][axis] - of[old, seed][axis] for seed in seeds]
         freedom = min(len(values), len(STUDENT)) - 1
-        half = STUDENT[freedom] * _std(values) / math.sqrt(len(values)) if freedom else math.nan
+        half = STUDENT[freedom] * _std(values) / math.sqrt(len(values)) if freedom else None
         found[axis] = {"mean": statistics.fmean(values), "half": half, "up": sum(value > 0 for value in values)}
     return found
 
@@ -88,6 +100,8 @@ def sentence(step: Mapping[str, Any]) -> str:
 
     def moved(axis: str, words: str, scale: float, unit: str) -> str:
         part = step[axis]
+        if part["half"] is None:
+            return f"{words} {scale * part['mean']:+.2f} {unit} with one seed, which says nothing sure"
         sure = abs(part["mean"]) > part["half"]
         way = ("raises" if part["mean"] > 0 else "lowers") if sure else "does not clearly move"
         return (
@@ -112,7 +126,8 @@ def table(content: Mapping[str, Any]) -> str:
         odds = arm["transfer"]
         cells = [share(arm[f"{name}/logistic"]) for name in SETS] + [f"{odds['mean']:.3f} ± {odds['std']:.3f}"]
         lines.append(f"| {arm['title']} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *(f"- {line}" for line in content["conclusion"])])
+    found = [f"- {line}" for line in content["conclusion"]]
+    return "\n".join([*lines, "", *found, "", *(f"* {line}" for line in content["notes"])])
 
 
 def write(content: Mapping[str, Any], path: Path) -> None:
@@ -132,9 +147,9 @@ def _scatter(content: Mapping[str, Any], target: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 4.6), layout="constrained")
-    colours = {"base": "#6e7781", "mc": "#efb118", "pr": "#4269d0", "ocm": "#3ca951"}
+    colours = {"base": "#6e7781", "mc": "#efb118", "cos": "#a463f2", "pr": "#4269d0", "ocm": "#3ca951"}
     for name, arm in content["arms"].items():
-        colour = colours[name.rstrip("0123456789")]
+        colour = colours[name.partition("-")[0].rstrip("0123456789")]
         x, y = arm["task"], arm["transfer"]
         axis.errorbar(
             100 * x["mean"], y["mean"], xerr=100 * x["std"], yerr=y["std"], fmt="o", color=colour, capsize=3, alpha=0.9

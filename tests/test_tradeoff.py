@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +53,8 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_folders(archives: Path, tmp_path: Path) -> None:
     folders = tradeoff_data.prepare(archives, tmp_path, 8, 5)
-    assert sorted(folders) == sorted(["train", *tradeoff_data.SETS])
-    for name, classes, count in (("train", CLASSES[:6], 8), ("cifar6", CLASSES[:6], 5), ("cifar4", CLASSES[6:], 5)):
+    assert sorted(folders) == sorted(["images", *tradeoff_data.SETS])
+    for name, classes, count in (("images", CLASSES[:6], 8), ("train", CLASSES[:6], 5), ("cifar4", CLASSES[6:], 5)):
         assert sorted(p.name for p in (folders[name] / "train").iterdir()) == list(classes)
         for kind in classes:
             assert len(list((folders[name] / "train" / kind).iterdir())) == count
@@ -74,7 +76,7 @@ def run(arm: str, seed: int, task: float, odds: tuple[float, float, float]) -> d
     def cell(mean: float, value: float) -> dict[str, Any]:
         return {probe: {"mean": mean, "low": mean, "high": mean, "log_odds": value} for probe in ("logistic", "knn")}
 
-    sets = {"cifar6": cell(task, 9.0)} | {
+    sets = {"train": cell(task, 9.0)} | {
         name: cell(0.5, value) for name, value in zip(tradeoff_report.TRANSFER, odds, strict=True)
     }
     return {"arm": arm, "seed": seed, "steps": 1, "train_loss": 1.0, "sets": sets}
@@ -100,6 +102,35 @@ def test_the_words_claim_what_the_intervals_do() -> None:
     )
 
 
+def test_one_seed_is_no_evidence() -> None:
+    runs = [run("base", 0, 0.5, (0.0, 0.1, 0.2)), run("mc", 0, 0.6, (1.0, 1.1, 1.2))]
+    found = tradeoff_report.content(runs, {"base": "Base", "mc": "+ multi-crop"}, {"seeds": 1}, "command")
+    assert found["steps"][0]["task"]["half"] is None
+    assert "accuracy on the task +10.00 points with one seed, which says nothing sure" in found["conclusion"][0]
+
+
+def test_a_failure_begins_nothing_more() -> None:
+    begun = []
+
+    def work(number: int, cores: set[int]) -> None:
+        assert cores
+        begun.append(number)
+        if number == 1:
+            raise FastrexError("the second")
+
+    with pytest.raises(FastrexError, match="the second"):
+        tradeoff._side_by_side([partial(work, number) for number in range(50)], 1)
+    assert begun[:2] == [0, 1]
+    assert len(begun) < 50
+
+
+def test_another_size_is_another_run(tmp_path: Path) -> None:
+    laptop, gpu = tradeoff.SIZES["laptop"], tradeoff.SIZES["gpu"]
+    places = {tradeoff.Work({}, tmp_path, size, tradeoff.ARMS[0], 0, "cpu").run for size in (laptop, gpu)}
+    places.add(tradeoff.Work({}, tmp_path, replace(laptop, epochs=9), tradeoff.ARMS[0], 0, "cpu").run)
+    assert len(places) == 3
+
+
 def test_every_step_compares_arms_that_there_are() -> None:
     names = {arm.name for arm in tradeoff.ARMS}
     assert {name for _, new, old in tradeoff_report.STEPS for name in (new, old)} == names
@@ -121,7 +152,7 @@ def test_a_real_run(archives: Path, tmp_path: Path) -> None:
     assert [run["arm"] for run in found["runs"]] == ["base", "ocm1"]
     assert all(set(run["sets"]) == set(tradeoff_data.SETS) for run in found["runs"])
     assert 0.9 > found["arms"]["base"]["digits/logistic"]["mean"] > 0.15
-    assert (tmp_path / "found.md").read_text().count("\n| ") == 2
+    assert (tmp_path / "found.md").read_text().count("\n| ") == 3  # the heads, and a line for each arm
     assert (tmp_path / "found.png").stat().st_size > 5000
     again = go()
     assert ": trained in" not in again
