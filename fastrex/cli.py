@@ -314,7 +314,9 @@ def env() -> None:
 
 
 @cli.command("bench", context_settings={"ignore_unknown_options": True}, add_help_option=False)
-@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="kernels|loader|step|run|gpu|curve [OPTIONS]")
+@click.argument(
+    "words", nargs=-1, type=click.UNPROCESSED, metavar="kernels|loader|step|run|probe|tradeoff|gpu|curve [OPTIONS]"
+)
 def bench(words: tuple[str, ...]) -> None:
     """Measure kernels and loader beside their rivals; fastrex bench --help lists what else."""
     # An installation has the benchmarks inside this package, a checkout beside it.

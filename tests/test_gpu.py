@@ -18,8 +18,13 @@ from torch import Tensor
 from fastrex import config as c
 from fastrex import distributed, trainer
 from fastrex.data.dataset import open_dataset
+from fastrex.data.index import build
 from fastrex.data.loader import Batch
+from fastrex.distributed import World
+from fastrex.model.resnet import build_encoder
+from fastrex.neighbours import knn_scores, mean_scores
 from fastrex.step import Trainer
+from fastrex.transfer import features, probes
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU on this machine"),
@@ -401,3 +406,56 @@ def test_a_compiled_step_computes_the_same() -> None:
         with opened("optim.precision=fp32", f"run.compile={compiled}", "run.cuda_graph=off") as (run, make):
             found.append(losses(run, make, 0, 3))
     assert found[1] == pytest.approx(found[0], rel=2e-2)
+
+
+def mixture(rows: int, classes: int = 10, width: int = 64) -> tuple[Tensor, Tensor]:
+    """Features of classes that overlap."""
+    random = torch.Generator().manual_seed(rows)
+    labels = torch.arange(rows) % classes
+    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(0))
+    return centres[labels] + 2 * torch.randn(rows, width, generator=random), labels
+
+
+@pytest.mark.parametrize("probe", probes.PROBES)
+def test_probes_find_what_they_find_on_a_cpu(probe: str) -> None:
+    data = probes.Features(*mixture(2000), *mixture(1000), num_classes=10)
+
+    def found(device: str) -> list[probes.Outcome]:
+        with features.exact():
+            return probes.run(probe, data, seeds=(1, 2), device=torch.device(device), note=print)
+
+    ours, cpu = found(DEVICE), found("cpu")
+    for one, other in zip(ours, cpu, strict=True):
+        assert (one.predictions == other.predictions).double().mean() > 0.97
+        # A choice between strengths that are equally good may fall otherwise.
+        assert one.validation == pytest.approx(other.validation, abs=0.01)
+    again = found(DEVICE)
+    assert all(torch.equal(a.predictions, b.predictions) for a, b in zip(ours, again, strict=True))
+
+
+def test_neighbours_and_means_of_a_cpu_and_the_same_twice() -> None:
+    (bank, labels), (queries, _) = mixture(5000), mixture(700)
+    for scores in (
+        lambda d: knn_scores(bank.to(d), labels.to(d), queries.to(d), 10, 20, 0.07),
+        lambda d: mean_scores(bank.to(d), labels.to(d), queries.to(d), 10),
+    ):
+        ours = scores(DEVICE)
+        assert torch.equal(ours, scores(DEVICE))
+        torch.testing.assert_close(ours.cpu(), scores("cpu"), rtol=1e-3, atol=1e-4)
+
+
+def test_features_for_transfer_are_those_of_a_cpu_and_the_same_twice(stripes: Path, tmp_path: Path) -> None:
+    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
+    index = build(stripes)
+    rows = index.rows("train", 0.0)
+    transform = features.Transform(32, 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), 3)
+    found = []
+    for device, cache in ((DEVICE, None), (DEVICE, tmp_path), (DEVICE, tmp_path), ("cpu", None)):
+        torch.manual_seed(0)
+        encoder = build_encoder(c.ModelConfig(arch="resnet18", stem="small", width=8), 3).eval()
+        world = World(0, 1, 0, 1, torch.device(device))
+        net = encoder.to(device=world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        found.append(features.extract(net, "id", index, rows, transform, world, cache=cache).features)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[1], found[2])
+    assert float((found[0] - found[3]).norm() / found[3].norm()) < 0.05  # decoders differ by a level or two
