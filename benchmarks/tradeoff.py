@@ -181,9 +181,11 @@ class Work:
         found = json.loads((self.run / "transfer" / "transfer.json").read_text(encoding="utf-8"))
         records = [json.loads(line) for line in (self.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         training = [record for record in records if "train/loss" in record]
+        environment = json.loads((self.run / "env.json").read_text(encoding="utf-8"))
         return {
             "arm": self.arm.name,
             "seed": self.seed,
+            "commit": environment["commit"],
             "steps": training[-1]["step"],
             "train_loss": training[-1]["train/loss"],
             "sets": {
