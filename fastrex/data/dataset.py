@@ -154,7 +154,7 @@ def open_index(config: Config, world: World, stored: Path | None = None) -> Inde
         folder = Path(config.data.path) if config.data.path else write_digits()
         if stored is not None and stored.is_file():
             return dataclasses.replace(load(stored), root=find_source(folder).root)
-        return open_or_build(folder, empty_classes=config.data.empty_classes, progress=_Progress(folder))
+        return open_or_build(folder, empty_classes=config.data.empty_classes, progress=Looking(f"indexing {folder}:"))
 
 
 def check_same_images(index: Index, world: World) -> None:
@@ -169,13 +169,13 @@ def check_same_images(index: Index, world: World) -> None:
         )
 
 
-class _Progress:
-    """A line on stderr every ten seconds of an index that takes long."""
+class Looking:
+    """A line on stderr every ten seconds of an index that takes long: ``words`` and how many files are done."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.last = folder, time.monotonic()
+    def __init__(self, words: str) -> None:
+        self.words, self.last = words, time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         if time.monotonic() - self.last > 10:
             self.last = time.monotonic()
-            print(f"indexing {self.folder}: {done} of {total} files", file=sys.stderr, flush=True)
+            print(f"{self.words} {done} of {total} files", file=sys.stderr, flush=True)

@@ -20,15 +20,3 @@ class Progress:
             self.last = now
             rate = self.done / (now - self.start)
             print(f"{self.name}: {self.done} of {self.total} images, {rate:.0f}/s", file=sys.stderr, flush=True)
-
-
-class Looking:
-    """A line whenever ``every`` seconds have passed, of an index that takes long."""
-
-    def __init__(self, name: str, every: float = 10.0) -> None:
-        self.name, self.every, self.last = name, every, time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        if time.monotonic() - self.last > self.every:
-            self.last = time.monotonic()
-            print(f"{self.name}: looking at {done} of {total} files", file=sys.stderr, flush=True)

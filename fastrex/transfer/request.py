@@ -13,7 +13,7 @@ from torch import nn
 
 from .. import export, rundir
 from ..errors import FastrexError, UsageError
-from . import catalog, comparison, features, folder, keys, probes, results
+from . import catalog, comparison, features, folder, keys, probes, results, search
 from .catalog import Task
 from .features import Transform
 
@@ -68,10 +68,7 @@ def check(
     tasks = catalog.tasks(sets, root)
     wanted, seeds, shots = _known_probes(probes), _seeds(seeds), _shots(shots)
     if protocol == "paper" and importlib.util.find_spec("optuna") is None:
-        raise FastrexError(
-            "transfer: --protocol paper needs Optuna, which is not installed; pip install 'fastrex[transfer]', or use "
-            "--protocol grid"
-        )
+        raise FastrexError(search.NO_OPTUNA)
     out = _folder(source) if out is None else out
     folder.claim("transfer", out, FILES)
     others = comparison.compare(compare, out)

@@ -32,6 +32,10 @@ FINER = tuple(10 ** (thirds / 3) for thirds in (-2, -1, 1, 2))
 # away from where it would end.
 FINAL_TOLERANCE = 1e-5
 TRIALS, STARTUP = 30, 10
+NO_OPTUNA = (
+    "transfer: --protocol paper needs Optuna, which is not installed; pip install 'fastrex[transfer]', or use "
+    "--protocol grid"
+)
 RATES, DECAYS = (0.1, 100.0), (1e-12, 1e-4)  # as published
 PAIRS = tuple((10 ** (halves / 2), decay) for decay in (1e-4, 1e-5, 1e-6, 1e-12) for halves in range(-2, 5))
 
@@ -259,10 +263,7 @@ def _optuna() -> Iterator[Any]:
         try:
             optuna: Any = importlib.import_module("optuna")
         except ImportError:
-            raise FastrexError(
-                "transfer: --protocol paper needs Optuna, which is not installed; pip install 'fastrex[transfer]', or "
-                "use --protocol grid"
-            ) from None
+            raise FastrexError(NO_OPTUNA) from None
         before = optuna.logging.get_verbosity()
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         try:

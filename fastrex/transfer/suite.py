@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from .. import distributed, files
-from ..data.dataset import check_same_images
+from ..data.dataset import Looking, check_same_images
 from ..data.index import Index
 from ..distributed import World, from_main, main_first, own_cores, text_from_main
 from ..errors import FastrexError, explain, one_line
@@ -28,7 +28,6 @@ from . import catalog, contents, features, folder, probes, request, results, sco
 from .agree import agree, numbers_from_main, shortage
 from .catalog import MissingSet, Task
 from .features import Extracted
-from .progress import Looking
 from .request import MARKDOWN, PAGE, Request
 
 Say = Callable[[str], None]
@@ -148,7 +147,7 @@ class _Suite:
             with main_first(self.world):
                 if self.world.main == turn:
                     try:
-                        progress = Looking(task.name)
+                        progress = Looking(f"{task.name}: looking at")
                         index = catalog.open_task(task, threads=self.threads, progress=progress, stamp=stamp)
                     except FastrexError as problem:
                         error = problem
