@@ -111,12 +111,15 @@ def tail(path: Path) -> str:
 
 
 def size(folder: Path) -> int:
+    """Bytes of the files below, while others write and remove there: `os.walk` passes over a folder that has just gone,
+    `Path.rglob` raises."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size
-        except OSError:
-            continue  # a temporary one, or one that retention has just removed
+    for at, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(at, name)).st_size
+            except OSError:
+                continue  # a temporary one, or one that retention has just removed
     return total
 
 
