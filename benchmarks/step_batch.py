@@ -96,7 +96,7 @@ def estimator(config: Config, classes: int, precision: str) -> Callable[[int], i
     state = state_bytes(nn.ModuleList([trainer.model, trainer.objective]), trainer.ema)
 
     def expected(images: int) -> int:
-        kept = activations(trainer.model, config.data.crops, images, config.data.channels, DTYPES[precision])
+        kept = activations(trainer.model, trainer.crops, images, config.data.channels, DTYPES[precision])
         return sum(kept.values()) + state
 
     return expected

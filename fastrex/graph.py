@@ -20,16 +20,22 @@ WARM_UP = 3
 # DistributedDataParallel arranges its buckets in the first steps and takes eleven before it can be recorded.
 WARM_UP_RANKS = 11
 
-Inputs = list[tuple[tuple[Tensor, ...], Tensor]]
+# Of each micro-batch: crops, target, and which images they are.
+Inputs = list[tuple[tuple[Tensor, ...], Tensor, Tensor]]
 Step = Callable[[Inputs], dict[str, Tensor]]
 
 
+def inputs(micros: Sequence[Batch]) -> Inputs:
+    """What of the batches a step reads on the device."""
+    return [(batch.crops, batch.target, batch.images) for batch in micros]
+
+
 class StepGraph:
-    """Runs ``step`` on crops and targets: at first as it is, later as the graph recorded from it.
+    """Runs ``step`` on micro-batches: at first as it is, later as the graph recorded from it.
 
     The first steps are steps like all others, so nothing is lost or repeated: recording executes nothing. Everything
-    that ``step`` reads or writes must keep its address (weights, gradients, state); crops and targets are copied to
-    where the graph finds them, so that the loader may have its memory back.
+    that ``step`` reads or writes must keep its address (weights, gradients, state); the batches are copied to where the
+    graph finds them, so that the loader may have its memory back.
 
     Args:
         stream: that the recording is made on; the steps before it run there too, since what kernels and autograd keep
@@ -49,9 +55,12 @@ class StepGraph:
         self.outputs: dict[str, Tensor] = {}
 
     def __call__(self, micros: Sequence[Batch]) -> dict[str, Tensor]:
-        given: Inputs = [(batch.crops, batch.target) for batch in micros]
+        given = inputs(micros)
         if not self.inputs:
-            self.inputs = [(tuple(map(torch.empty_like, crops)), torch.empty_like(y)) for crops, y in given]
+            self.inputs = [
+                (tuple(map(torch.empty_like, crops)), torch.empty_like(target), torch.empty_like(images))
+                for crops, target, images in given
+            ]
         self._take(given)
         current = torch.cuda.current_stream(self.device)
         if self.captured:
@@ -107,13 +116,13 @@ class StepGraph:
         return None
 
     def _take(self, given: Inputs) -> None:
-        """Copy crops and targets to where the step reads them."""
+        """Copy the batches to where the step reads them."""
         if len(given) != len(self.inputs):
             raise ValueError(
                 f"StepGraph: micros must be {len(self.inputs)} batches as in the first step, got {len(given)}"
             )
-        for (crops, target), (own_crops, own_target) in zip(given, self.inputs, strict=True):
-            for own, new in zip((*own_crops, own_target), (*crops, target), strict=True):
+        for (crops, *rest), (own_crops, *own_rest) in zip(given, self.inputs, strict=True):
+            for own, new in zip((*own_crops, *own_rest), (*crops, *rest), strict=True):
                 if own.shape != new.shape:
                     shapes = f"{list(own.shape)} as in the first step, got {list(new.shape)}"
                     raise ValueError(f"StepGraph: crops and targets must keep their shapes, {shapes}")

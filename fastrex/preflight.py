@@ -195,7 +195,7 @@ def step_memory(trainer: Trainer) -> tuple[dict[str, int], int, int] | None:
     config = trainer.config
     images = config.optim.batch_size // (config.optim.accumulate * trainer.world.size)
     dtype = DTYPES[trainer.precision]
-    kept = budget.activations(trainer.model, config.data.crops, images, config.data.channels, dtype)
+    kept = budget.activations(trainer.model, trainer.crops, images, config.data.channels, dtype)
     return kept, images, budget.state_bytes(trainer.method, trainer.ema)
 
 

@@ -26,7 +26,7 @@ from .data.loader import Batch
 from .distributed import World
 from .errors import DivergedError, FastrexError
 from .evaluate import evaluate
-from .graph import WARM_UP, WARM_UP_RANKS, Inputs, StepGraph
+from .graph import WARM_UP, WARM_UP_RANKS, Inputs, StepGraph, inputs
 from .model.ema import make_ema
 from .model.layers import attach_copies, refresh_copies
 from .model.multicrop import MultiCropModel, set_process_group
@@ -49,10 +49,15 @@ class Method(nn.Module):
         super().__init__()
         self.model, self.objective = model, objective
 
-    def forward(self, crops: Sequence[Tensor], target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss over all rows (one global crop weighs as much as one local crop) and tensors to log."""
-        loss, metrics = self.objective(self.model(crops), target)
-        return loss.mean(), metrics
+    def forward(
+        self, crops: Sequence[Tensor], target: Tensor, context: objectives.Context
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """Mean loss over all rows (one global crop weighs as much as one local crop), tensors to log, and the features
+        [B, D] of the first crop for an objective that is fed with the model's own."""
+        features = self.model(crops)
+        loss, metrics = self.objective(features, target, context)
+        own = features.detach()[: len(target)] if self.objective.feeds == "online" else None
+        return loss.mean(), metrics, own
 
 
 class Trainer:
@@ -82,6 +87,8 @@ class Trainer:
         shared = (p for name, p in self.method.named_parameters() if name not in self.split)
         distributed.broadcast_([*shared, *self.method.buffers()], world)
         self.ema = make_ema(self.model) if self.objective.needs_ema else None
+        # Crops per image and their sides, as the model sees them.
+        self.crops = _own_groups(config) if self.objective.separate_view else config.data.crops
         copies, ema_copies = self._attach_copies()
         if config.run.compile:
             for net in (self.model, self.ema):
@@ -123,7 +130,7 @@ class Trainer:
         self.number.fill_(step)
         self.optimizer.set_lr(lr)
         if self.graph is None:
-            logged = self._step([(batch.crops, batch.target) for batch in micros])
+            logged = self._step(inputs(micros))
         else:
             before = (self.graph.captured, self.graph.reason)
             logged = self.graph(micros)
@@ -141,29 +148,39 @@ class Trainer:
         ok = torch.ones((), dtype=torch.bool, device=self.world.device)
         logged: dict[str, Tensor] = {}
         momentum_features: list[Tensor] = []
-        for number, (crops, target) in enumerate(micros, 1):
+        own_features: list[Tensor] = []
+        for number, (crops, target, images) in enumerate(micros, 1):
+            context = objectives.Context(images)
             if self.ema is not None:
                 momentum_features.append(self._momentum_features(self.ema, crops[0][: len(target)]))
+                if self.objective.keys_first:
+                    self._join_side()
+                    context = objectives.Context(images, momentum_features[-1])
+            seen = _without_first(crops, len(target)) if self.objective.separate_view else crops
             with self._reduce_gradients(number == len(micros)):
                 with self.autocast():
-                    loss, metrics = (self.parallel or self.method)(crops, target)
+                    loss, metrics, own = (self.parallel or self.method)(seen, target, context)
                 ok = ok & torch.isfinite(loss.detach())
                 self.guard.scaled(loss / len(micros)).backward()  # type: ignore[no-untyped-call]
+            if own is not None:
+                own_features.append(own)
             for name, value in {"loss": loss, **metrics}.items():
                 logged[name] = logged.get(name, 0.0) + value.detach() / len(micros)
-        if self.side is not None:
-            torch.cuda.current_stream(self.world.device).wait_stream(self.side)
-        for z in momentum_features:
+        self._join_side()
+        for z in (*momentum_features, *own_features):
             ok = ok & torch.isfinite(z).all()
         inv_scale = self.guard.inv_scale  # of this step: judge() may change the scale for the next one
         norm = self.optimizer.grad_norm(inv_scale)
         skip, keep = self.guard.judge(self.number, distributed.all_true(ok, self.world), torch.isfinite(norm))
         directions = self.objective.class_directions()
-        if momentum_features:
+        if fed := {"momentum": momentum_features, "online": own_features, "": []}[self.objective.feeds]:
             # Micro-batch by micro-batch: then the bank's order is the global batch's for any number of ranks.
-            features = torch.cat([distributed.gather_rows(part, self.world) for part in momentum_features])
-            targets = torch.cat([distributed.gather_rows(target, self.world) for _, target in micros])
-            self.objective.update_(features, targets, keep=keep)
+            gathered = [
+                torch.cat([distributed.gather_rows(part, self.world) for part in parts])
+                for parts in (fed, [target for _, target, _ in micros], [images for _, _, images in micros])
+            ]
+            features, targets, shown = gathered
+            self.objective.update_(features, targets, keep=keep, images=shown)
         self.optimizer.step(skip, inv_scale)
         return {**logged, "grad_norm": norm, **self.objective.class_change(directions)}
 
@@ -176,6 +193,11 @@ class Trainer:
         with beside, torch.no_grad(), self.autocast():
             features: Tensor = ema((images,))
         return features
+
+    def _join_side(self) -> None:
+        """From here on the momentum features may be read."""
+        if self.side is not None:
+            torch.cuda.current_stream(self.world.device).wait_stream(self.side)
 
     def _throttle(self) -> None:
         """Let the host be two steps ahead of the device, no more: batches that wait in the queue hold memory."""
@@ -314,6 +336,28 @@ class Trainer:
     def _reduce_gradients(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """DDP averages the gradients once, in the backward of the last micro-batch."""
         return contextlib.nullcontext() if last or self.parallel is None else self.parallel.no_sync()
+
+
+def _own_groups(config: Config) -> tuple[tuple[int, int], ...]:
+    """The groups of crops (count, side) without the first global crop.
+
+    Raises:
+        FastrexError: nothing is left.
+    """
+    (count, side), *others = config.data.crops
+    groups = (*(((count - 1, side),) if count > 1 else ()), *others)
+    if not groups:
+        raise FastrexError(
+            f"train: objective.name={config.objective.name} must have a crop for the model beside that of the momentum "
+            f"encoder, got {config.data.crops_text}; set data.global_crops=2"
+        )
+    return groups
+
+
+def _without_first(crops: Sequence[Tensor], images: int) -> tuple[Tensor, ...]:
+    """The groups without the first global crop, which the momentum encoder alone sees."""
+    first, *others = crops
+    return (*((first[images:],) if len(first) > images else ()), *others)
 
 
 def _recorded(config: Config, device: torch.device, ranks: int, own_encoder: bool) -> tuple[bool, list[str]]:

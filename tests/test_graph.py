@@ -57,7 +57,8 @@ class Pretended:
 
 def batch_of(value: float, size: int = 2) -> Batch:
     crops = (torch.full((size, 3, 4, 4), value).contiguous(memory_format=torch.channels_last),)
-    return Batch(0, 0, 0, crops, torch.full((size,), int(value)), None, None, True)  # type: ignore[arg-type]
+    target = torch.full((size,), int(value))
+    return Batch(0, 0, 0, crops, target, torch.arange(size), None, None, True)  # type: ignore[arg-type]
 
 
 def test_the_graph_warms_up_records_once_and_replays(monkeypatch: pytest.MonkeyPatch) -> None:

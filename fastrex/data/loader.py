@@ -40,8 +40,8 @@ class Batch:
     """One rank's part of a micro-batch, on the device.
 
     ``step`` is global (``plan.step`` counts within the epoch). ``crops``: per group [K*B, C, S, S] with C =
-    ``data.channels``, channels-last, crop-major (row k*B + b). ``target``: int64 [B]. ``samples``: int64 [B] index
-    rows, on the host. ``last_micro``: the step's last.
+    ``data.channels``, channels-last, crop-major (row k*B + b). ``target``: int64 [B]. ``images``: int64 [B] index rows;
+    ``samples``: the same on the host. ``last_micro``: the step's last.
     """
 
     epoch: int
@@ -49,6 +49,7 @@ class Batch:
     micro: int
     crops: tuple[Tensor, ...]
     target: Tensor
+    images: Tensor
     samples: Rows
     plan: BatchPlan
     last_micro: bool
@@ -283,15 +284,16 @@ class TrainLoader(_Loader[Batch]):
                 if self.cutter == "fastrex":
                     images = [images[place] for place in request.token.places]
                 crops, target = maker.crops(part, images), self._target(part.samples)
+                rows = sent(torch.from_numpy(part.samples.astype(np.int64)), self.device)
                 step = part.epoch * self.plan.steps_per_epoch + part.step
                 last = part.micro == self.micros - 1
-                yield Batch(part.epoch, step, part.micro, crops, target, part.samples, part, last)
+                yield Batch(part.epoch, step, part.micro, crops, target, rows, part.samples, part, last)
         finally:
             reader.close()
             maker.close()
 
     def _tensors(self, item: Batch) -> tuple[Tensor, ...]:
-        return (*item.crops, item.target)
+        return (*item.crops, item.target, item.images)
 
 
 def one_batch(index: Index, plan: Plan, data: DataConfig, part: BatchPlan, device: Device = "cpu") -> Batch:

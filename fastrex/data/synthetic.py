@@ -54,6 +54,7 @@ class SyntheticLoader:
         )
         self._target = torch.randint(classes, (images,), generator=random).to(device)
         self._samples = np.arange(rank * images, (rank + 1) * images, dtype=np.int64)
+        self._images = torch.from_numpy(self._samples).to(device)
         self._steps, self._micros, self._steps_per_epoch = range(start, stop), micros, steps_per_epoch
         self.wait_s = 0.0
         self.news: deque[str] = deque()  # no file can go bad
@@ -75,6 +76,7 @@ class SyntheticLoader:
                 views = np.zeros_like(self._samples)
                 plan = BatchPlan(epoch, within, micro, self._samples, 0, (), views, self._samples)
                 last = micro == self._micros - 1
-                batch = Batch(epoch, step, micro, self._crops, self._target, self._samples, plan, last)
+                shown = (self._target, self._images, self._samples)
+                batch = Batch(epoch, step, micro, self._crops, *shown, plan, last)
                 self.wait_s += time.perf_counter() - start
                 yield batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,21 +17,46 @@ if TYPE_CHECKING:
 CHANGE_UP_TO = 2**24
 
 
+class Context(NamedTuple):
+    """What a step knows beside the model's features, of this rank's micro-batch of B images.
+
+    Attributes:
+        images: int64 [B], which image each place shows: a row of the index. Views of one image share it.
+        momentum: [B, D], the momentum encoder's projected features of the first global crop, without gradient; None
+            unless the objective has ``keys_first``.
+    """
+
+    images: Tensor
+    momentum: Tensor | None = None
+
+
 class Objective(nn.Module, ABC):
     """A loss over projected features, with all its state in parameters and buffers.
 
-    The loop calls :meth:`forward`, then :meth:`update_` with the momentum encoder's features of the same step, so that
-    a batch never meets its own entries in the bank.
+    The loop calls :meth:`forward`, then :meth:`update_` with features of the same step, so that a batch never meets its
+    own entries in the bank.
 
     Attributes:
+        needs_ema: there is a momentum encoder.
+        keys_first: :meth:`forward` wants its features (``Context.momentum``); else it works beside the model.
+        separate_view: the first global crop is the momentum encoder's alone, and the model gets the others: where
+            features of both meet in the loss, those of one and the same crop would agree by themselves.
+        feeds: what :meth:`update_` takes: "momentum" features, the model's own of the first global crop ("online"), or
+            nothing ("").
+        soft_targets: :meth:`forward` takes shares of the classes as well (mixup, CutMix).
         split: names of the parameters of which a rank holds and trains its own rows only. Their gradients come out of
             the backward as the averages over the ranks that all other gradients still have to become.
         class_ranks: over how many ranks the rows of :meth:`class_vectors` are split; 1 where each has them all.
     """
 
     name: ClassVar[str]
-    needs_ema: ClassVar[bool]
     Options: ClassVar[type[Any]]
+    # Of the class; an objective whose options decide sets them for itself, before anything asks.
+    needs_ema: bool = False
+    keys_first: bool = False
+    separate_view: bool = False
+    feeds: str = ""
+    soft_targets: bool = False
     split: frozenset[str]
     class_ranks: int
 
@@ -40,15 +65,26 @@ class Objective(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self.in_features, self.num_classes, self.options = in_features, num_classes, options
+        self.group = group
         self.split, self.class_ranks = frozenset(), 1
 
     @abstractmethod
-    def forward(self, features: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Per-row loss [N] float32 and 0-d device tensors to log, from features [N, D] and class ids int64 [B]."""
+    def forward(
+        self, features: Tensor, target: Tensor, context: Context | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Per-row loss [N] float32 and 0-d device tensors to log.
 
-    def update_(self, ema_features: Tensor, target: Tensor, *, keep: Tensor | None = None) -> None:
-        """Take the momentum features [B, D] and ids [B] of the whole global batch; nothing changes where ``keep`` is
-        False."""
+        Args:
+            features: [N, D], N a multiple of B: crop after crop (row k B + b).
+            target: class ids int64 [B], or with ``soft_targets`` shares of the classes [B, C].
+            context: what else is known of these images.
+        """
+
+    def update_(
+        self, features: Tensor, target: Tensor, *, keep: Tensor | None = None, images: Tensor | None = None
+    ) -> None:
+        """Take what ``feeds`` names, features [B, D] without gradient, with class ids int64 [B] and ``images`` int64
+        [B], of the whole global batch; nothing changes where ``keep`` (0-d bool) is False."""
 
     def predict(self, features: Tensor) -> Tensor | None:
         """Class scores [B, C] of projected features [B, D], or None when the objective has no classifier."""

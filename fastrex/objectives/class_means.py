@@ -15,7 +15,7 @@ from fastrex_kernels import OnlineClassMeans
 
 from ..errors import FastrexError
 from ..settings import setting
-from .base import Objective, hit_metrics
+from .base import Context, Objective, hit_metrics
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -37,8 +37,9 @@ class ClassMeans(Objective):
     """
 
     name: ClassVar[str] = "class_means"
-    needs_ema: ClassVar[bool] = True
     Options: ClassVar[type[Any]] = ClassMeansOptions
+    needs_ema = True
+    feeds = "momentum"
 
     def __init__(
         self,
@@ -55,13 +56,17 @@ class ClassMeans(Objective):
             in_features, num_classes, options.bank_size, temperature=options.temperature, reduction="none", seed=seed
         )
 
-    def forward(self, features: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, features: Tensor, target: Tensor, context: Context | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         loss, stats = self.means(features, target, return_stats=True)
         health = self.means.health(drift=False)
         return loss, {**hit_metrics(stats.rank), **{name: health[name] for name in ("empty_classes", "age")}}
 
-    def update_(self, ema_features: Tensor, target: Tensor, *, keep: Tensor | None = None) -> None:
-        self.means.update_(ema_features, target, keep)
+    def update_(
+        self, features: Tensor, target: Tensor, *, keep: Tensor | None = None, images: Tensor | None = None
+    ) -> None:
+        self.means.update_(features, target, keep)
 
     @torch.no_grad()
     def predict(self, features: Tensor) -> Tensor:
