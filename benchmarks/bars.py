@@ -39,7 +39,7 @@ class Bar:
     threads: int = 2
 
 
-CE, EAGER = "cosine_cross_entropy", ("eager",)
+CE, CONTRASTIVE, EAGER = "cosine_cross_entropy", "contrastive_cross_entropy", ("eager",)
 F32, BF16 = "fp32", "bf16"
 BARS = (
     Bar(CE, "c1000", F32, ratio=1.4),
@@ -48,6 +48,8 @@ BARS = (
     Bar(CE, "c21841", F32, ratio=1.2, memory_share=0.15),
     Bar(CE, "c21841_frozen", F32, ratio=1.9),
     Bar(CE, "c1m", F32, memory_mib=128),
+    Bar(CONTRASTIVE, "n4096_m4096", F32, ratio=1.2, rivals=EAGER),
+    Bar(CONTRASTIVE, "n4096_m65536", F32, memory_share=0.10),
     Bar("class_means", "trex", F32, ratio=2.0, rivals=EAGER),
     Bar("batch_norm_act", "block of stage 2", F32, ratio=2.0),
     Bar("batch_norm_act", "block of stage 2", BF16, ratio=2.3),
@@ -55,6 +57,10 @@ BARS = (
     Bar(CE, "c1000", BF16, "cuda", ratio=3.0, rivals=EAGER),
     Bar(CE, "c21841", BF16, "cuda", ratio=1.5, rivals=(*BEST, "chunked", "liger", "apple_cce"), memory_share=0.05),
     Bar(CE, "c1m", F32, "cuda", memory_mib=128),
+    Bar(CONTRASTIVE, "n4096_m4096", F32, "cuda", ratio=2.0, rivals=EAGER),
+    Bar(CONTRASTIVE, "n4096_m4096", BF16, "cuda", ratio=2.0, rivals=EAGER),
+    Bar(CONTRASTIVE, "n4096_m65536", F32, "cuda", memory_share=0.10),
+    Bar(CONTRASTIVE, "n4096_m65536", BF16, "cuda", memory_share=0.10),
     Bar("class_means", "trex", F32, "cuda", ratio=5.0, rivals=EAGER, milliseconds=0.015),
     Bar("batch_norm_act", "block of stage 2", F32, "cuda", roofline=0.8),
     Bar("batch_norm_act", "block of stage 2", BF16, "cuda", roofline=0.8),

@@ -26,7 +26,7 @@ LARGEST_COPY = 256 * MIB
 def facts(device: str, allocator: str) -> dict[str, Any]:
     """Versions and hardware, for the record's ``versions``."""
     known: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__, "allocator": allocator}
-    for name in ("triton", "liger-kernel", "cut-cross-entropy"):
+    for name in ("triton", "liger-kernel", "cut-cross-entropy", "pytorch-metric-learning"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             known[name] = metadata.version(name)
     if device == "cuda":

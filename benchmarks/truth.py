@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fastrex_kernels._op import Call, Op
 
@@ -16,6 +17,8 @@ from .rivals import _cosine
 # Logits beyond this are not stored in float64: the definition would need ten times as much.
 STORED_BYTES = 2**30
 BLOCK = 2**15
+# The contrastive loss: its definition stores about so many matrices of all pairs; rows of a block without them.
+CONTRASTIVE, MATRICES, ROWS = "contrastive_cross_entropy", 8, 256
 
 
 def truth(op: Op, call: Call, gradients: bool) -> dict[str, Tensor]:
@@ -24,7 +27,37 @@ def truth(op: Op, call: Call, gradients: bool) -> dict[str, Tensor]:
     if op.name == _cosine.OP and len(call.tensors["input"]) * len(call.tensors["weight"]) * 8 > STORED_BYTES:
         _cosine.require_plain(call)
         return measure.outcome(by_classes, wanted, gradients=gradients)
+    if op.name == CONTRASTIVE and _pairs(call) * 8 * MATRICES > STORED_BYTES:
+        return measure.outcome(lambda **words: by_rows(op, **words), wanted, gradients=gradients)
     return measure.outcome(lambda **words: op.function(**words, impl="reference"), wanted, gradients=gradients)
+
+
+def _pairs(call: Call) -> int:
+    return len(call.tensors["input"]) * len(call.tensors["keys"])
+
+
+def by_rows(op: Op, **words: Any) -> Tensor:
+    """The mean contrastive loss of rows that have an id each, over blocks of them, seen again in the backward."""
+    rows = {name: words.pop(name) for name in ("input", "ids", "instance") if name in words}
+    if any(len(value) != len(rows["input"]) for value in rows.values()):
+        raise ValueError(f"{op.name}: ids must be one per row in the truth by blocks, got fewer")
+    if bool((rows["ids"] == words.get("ignore_index", -100)).any()) or words.get("reduction", "mean") != "mean":
+        raise ValueError(
+            f"{op.name}: the truth by blocks is a mean over all rows, got ignored ones or another reduction"
+        )
+    mixtures = words.pop("mixtures", None)
+    count = len(rows["input"])
+
+    def block(start: int, rows: dict[str, Tensor], keys: Tensor) -> Tensor:
+        part = {name: value[start : start + ROWS] for name, value in rows.items()}
+        mixed = mixtures and type(mixtures)(*(t[start : start + ROWS] for t in mixtures))
+        more = {**words, "keys": keys, "mixtures": mixed, "reduction": "sum"}
+        loss: Tensor = op.function(**part, **more, impl="reference")
+        return loss
+
+    keys = words.pop("keys")
+    parts = [checkpoint(block, start, rows, keys, use_reentrant=False) for start in range(0, count, ROWS)]
+    return torch.stack(parts).sum() / count
 
 
 def by_classes(

@@ -70,7 +70,7 @@ void run(Setup& setup, bool want_dw, const Tensor& dw) {
     keep = at::empty({per_pass * range * setup.kept_per_class()}, at::kByte);
     packed = at::empty({per_pass * FASTREX_DISPATCH(packed_bytes, job, low)}, at::kByte);
     job.keep = (char*)keep.mutable_data_ptr(), job.packed_rows = (char*)packed.mutable_data_ptr();
-    job.dw = (char*)dw.mutable_data_ptr(), job.dw_kind = kind_of(dw);
+    job.dw = (char*)dw.mutable_data_ptr(), job.dw_kind = kind_of(OP, dw);
     if (per_pass < tiles && job.dw_kind != Kind::f32) accumulated = at::empty({range, job.D}, at::kFloat);
     if (job.online && !given) {
       block_m = at::empty({blocks, job.span}, at::kFloat);
@@ -122,7 +122,7 @@ void run(Setup& setup, bool want_dw, const Tensor& dw) {
 
 void want_input(Setup& setup, const Tensor& dx, const Tensor& radial) {
   setup.job.want_dx = true;
-  setup.job.dx = (char*)dx.mutable_data_ptr(), setup.job.dx_kind = kind_of(dx);
+  setup.job.dx = (char*)dx.mutable_data_ptr(), setup.job.dx_kind = kind_of(OP, dx);
   setup.job.radial = radial.mutable_data_ptr<float>();
 }
 

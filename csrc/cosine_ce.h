@@ -3,18 +3,9 @@
 
 #include <cstdint>
 
+#include "rows.h"
+
 namespace fastrex::cosine_ce {
-
-enum class Kind { f32, bf16, f16 };
-
-// Rows of any of the three dtypes, elements of a row adjacent; ``stride`` counts elements.
-struct Matrix {
-  const char* data = nullptr;
-  int64_t stride = 0;
-  Kind kind = Kind::f32;
-  int64_t size() const { return kind == Kind::f32 ? 4 : 2; }
-  const char* row(int64_t r) const { return data + r * stride * size(); }
-};
 
 // One pass over a block of rows and a range of classes, with everything a task needs.
 struct Job {

@@ -14,27 +14,16 @@
 // x, w: read once per tile and pass, w from L2 or L3. NaN passes through every step; rows that count as zero have
 // inv_x = 0. Results do not depend on the number of threads: every sum has an order fixed by the shapes.
 
-#include "cosine_ce_gemm.inl"
+#include "gemm.inl"
 
-constexpr float LOG2E = 1.44269504f;
-
-static void inverse_norms(const Matrix& m, int64_t row0, int64_t row1, int64_t D, float* out) {
-  for (int64_t r = row0; r < row1; ++r)
-    typed(m.kind, m.row(r), [&](auto* p) {
-      vf total{};
-      for (int64_t d = 0; d < D; d += W) {
-        const vf v = load_part(p + d, D - d);
-        total += v * v;
-      }
-      double squares = sum(total);
-      if (!(squares > 1e-30 && squares < 1e37)) {  // the squares may have left the range of float
-        squares = 0;
-        for (int64_t d = 0; d < D; ++d) squares += (double)(float)p[d] * (double)(float)p[d];
-      }
-      const double norm = std::sqrt(squares);
-      // An infinite norm means infinite elements, whose quotient by it is NaN.
-      out[r] = norm <= 1e-12 ? 0.0f : std::isinf(norm) ? NAN : (float)(1.0 / norm);
-    });
+// Pairs of rows side by side, as bfloat16 products take their right operand: out [rows / 2][columns][2].
+static void interleave(const c10::BFloat16* in, int64_t ld, int64_t rows, int64_t columns, c10::BFloat16* out) {
+  for (int64_t r = 0; r < rows; r += 2) {
+    const uint16_t* a = (const uint16_t*)(in + r * ld);
+    const uint16_t* b = a + ld;
+    uint32_t* to = (uint32_t*)(out + r * columns);
+    for (int64_t d = 0; d < columns; ++d) to[d] = a[d] | (uint32_t)b[d] << 16;
+  }
 }
 
 // out [Dp] = sum over classes of smooth * class_factor * w_hat

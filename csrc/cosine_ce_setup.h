@@ -6,18 +6,7 @@ namespace {
 using at::Tensor;
 using Optional = const std::optional<Tensor>&;
 
-Kind kind_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat: return Kind::f32;
-    case at::kBFloat16: return Kind::bf16;
-    case at::kHalf: return Kind::f16;
-    default: TORCH_CHECK_VALUE(false, "cosine_ce: takes float32, bfloat16 or float16, got ", t.scalar_type());
-  }
-}
-
-Tensor adjacent(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1 ? t : t.contiguous(); }
-
-Matrix matrix(const Tensor& t) { return {(const char*)t.const_data_ptr(), t.stride(0), kind_of(t)}; }
+constexpr const char* OP = "cosine_ce";
 
 // Whether bfloat16 products run on instructions made for them; asked by a product, as torch may refuse or emulate.
 bool low_products() {
@@ -71,7 +60,7 @@ struct Setup {
         at::ScalarType compute) {
     x = adjacent(input), w = adjacent(weight);
     job.N = x.size(0), job.C = w.size(0), job.D = x.size(1);
-    job.x = matrix(x), job.w = matrix(w);
+    job.x = matrix(OP, x), job.w = matrix(OP, w);
     const double tau = temperature ? temperature->item().toDouble() : temperature_value;
     job.inv_tau = (float)(1.0 / tau);
     // exp(z - 1 / tau) is at least exp(-2 / tau), which must not underflow.
@@ -141,7 +130,7 @@ struct Setup {
     const int64_t given = target.size(0);
     if (target.is_floating_point()) {
       q = adjacent(target.scalar_type() == at::kDouble ? target.to(at::kFloat) : target);
-      job.q = matrix(q), job.q_rows = given;
+      job.q = matrix(OP, q), job.q_rows = given;
       job.q_scale = (float)(1.0 - smoothing), job.q_add = job.smooth;
       fastrex::parallel_for(0, given, 16, [&](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; ++b) soft_row(b, num_classes, first_class, factor, factor_sum, label, total);

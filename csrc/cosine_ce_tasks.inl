@@ -168,16 +168,6 @@ static void sweep(const Job& job, int64_t tile, int64_t split, float* base) {
   if (!job.partial_dx && (job.want_dx || !job.given)) finish<LOW>(job, tile, dx, 0, own.rows);
 }
 
-template <class T>
-static void write_row(const float* row, int64_t n, T* out) {
-  for (int64_t d = 0; d < n; d += W) store_part(out + d, load(row + d), n - d);
-}
-static void write_row(Kind kind, const float* row, int64_t n, char* out, int64_t index) {
-  if (kind == Kind::f32) return write_row(row, n, (float*)out + index * n);
-  if (kind == Kind::bf16) return write_row(row, n, (c10::BFloat16*)out + index * n);
-  write_row(row, n, (c10::Half*)out + index * n);
-}
-
 static inline float maximum(const Job& job, int64_t n) {  // over the splits
   float m = job.part_m[n - job.base];
   for (int64_t i = 1; i < job.S; ++i)

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastrex_kernels._op import Call, Op
 
-from . import apple_cce, chunked, compiled, eager, liger, linear_cross_entropy
+from . import apple_cce, chunked, compiled, eager, liger, linear_cross_entropy, metric_learning
 from ._absent import Absent
 
 __all__ = ["RIVALS", "Absent", "Rival"]
@@ -39,4 +39,5 @@ RIVALS = (
     Rival(chunked.NAME, chunked.build, chunked.OPS),
     Rival(liger.NAME, liger.build, liger.OPS),
     Rival(apple_cce.NAME, apple_cce.build, apple_cce.OPS),
+    Rival(metric_learning.NAME, metric_learning.build, metric_learning.OPS),
 )

@@ -9,6 +9,8 @@ from .augment import augment
 from .bank import OnlineClassMeans
 from .batch_norm_act import batch_norm_act
 from .class_means import bank_update_, class_means
+from .contrastive import ContrastiveLoss
+from .contrastive_ce import ContrastiveStats, Mixtures, contrastive_cross_entropy, nearest_keys
 from .conv2d import conv2d
 from .cosine_ce import Stats, cosine_cross_entropy
 from .crop_resize import crop_resize
@@ -18,8 +20,11 @@ from .sgd_ema import sgd_ema_
 
 __all__ = [
     "OPS",
+    "ContrastiveLoss",
+    "ContrastiveStats",
     "CosineCrossEntropyLoss",
     "CosineHead",
+    "Mixtures",
     "OnlineClassMeans",
     "Stats",
     "augment",
@@ -27,8 +32,10 @@ __all__ = [
     "bank_update_",
     "batch_norm_act",
     "class_means",
+    "contrastive_cross_entropy",
     "conv2d",
     "cosine_cross_entropy",
     "crop_resize",
+    "nearest_keys",
     "sgd_ema_",
 ]

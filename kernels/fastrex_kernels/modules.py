@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import _sharded
+from ._margin import check_margin, margin_cross_entropy
 from ._options import check_options, check_sizes
 from .bank import OnlineClassMeans
 from .cosine_ce import Stats, cosine_cross_entropy
@@ -86,6 +87,11 @@ class CosineHead(nn.Module):
         label_smoothing: share of the target spread over all classes, in [0, 1].
         ignore_index: rows with this id have loss 0 and no gradient.
         reduction: "none", "mean" (over the rows that are not ignored) or "sum".
+        margin: of the target's logit in the loss, 0 for none. It goes with class ids alone and a fixed temperature,
+            without label smoothing and process group.
+        margin_kind: "cosface", ``(cos - margin) / temperature`` with margin in [0, 2) (Wang et al., CVPR 2018), or
+            "arcface", ``cos(angle + margin) / temperature`` with margin in [0, pi) (Deng et al., CVPR 2019); beyond an
+            angle of pi - margin it is ``cos - margin sin(margin)``, which goes on falling.
         generator: that the weights are drawn from, see :meth:`reset_parameters`.
         process_group: split the classes over its ranks: rank r holds ``weight`` of the classes ``first_class`` to
             ``first_class + len(weight)``, contiguous blocks whose sizes differ by one at most; C >= ranks. None, or a
@@ -115,6 +121,8 @@ class CosineHead(nn.Module):
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
         reduction: str = "mean",
+        margin: float = 0.0,
+        margin_kind: str = "cosface",
         generator: torch.Generator | None = None,
         process_group: ProcessGroup | None = None,
         device: torch.device | str | None = None,
@@ -124,6 +132,9 @@ class CosineHead(nn.Module):
         check_sizes("CosineHead", in_features=in_features, num_classes=num_classes)
         check_options("CosineHead", temperature, label_smoothing, reduction)
         ranks = 1 if process_group is None else dist.get_world_size(process_group)
+        without = {"label_smoothing": label_smoothing > 0, "learnable_temperature": learnable_temperature}
+        check_margin("CosineHead", margin, margin_kind, **without, process_group=ranks > 1)
+        self.margin, self.margin_kind = margin, margin_kind
         if num_classes < ranks:
             wanted = f"at least the {ranks} ranks of process_group"
             raise ValueError(f"CosineHead: num_classes must be {wanted}, got {num_classes}")
@@ -178,14 +189,19 @@ class CosineHead(nn.Module):
                 CPU, and anywhere with FASTREX_CHECK=1, because it costs a sync).
             target: class ids int64 [N], or [B] with N a multiple of B (row n uses ``target[n % B]``); without a process
                 group also probabilities [N, C] or [B, C].
-            return_stats: also return :class:`Stats`, whose ``rank`` gives top-k accuracies without logits.
+            return_stats: also return :class:`Stats`, whose ``rank`` gives top-k accuracies without logits. They know no
+                margin, like :meth:`logits`; with one they cost another pass over all classes.
 
         Returns:
             The loss in float32 (float64 for float64 features), or ``(loss, Stats)``.
         """
         self._check_input(input)
         words: dict[str, Any] = {"temperature": self.temperature, "ignore_index": self.ignore_index}
-        words |= {"label_smoothing": self.label_smoothing, "reduction": self.reduction, "return_stats": return_stats}
+        words |= {"reduction": self.reduction, "return_stats": return_stats}
+        if self.margin:
+            words |= {"margin": self.margin, "margin_kind": self.margin_kind}
+            return margin_cross_entropy(input, self.weight, target, **words)
+        words["label_smoothing"] = self.label_smoothing
         if self._shared.group is None:
             return cosine_cross_entropy(input, self.weight, target, **words)
         loss, lse, rank = _sharded.sharded_cosine_cross_entropy(input, self.weight, target, self._block(), **words)
@@ -261,7 +277,8 @@ class CosineHead(nn.Module):
             f"in_features={self.in_features}, num_classes={self.num_classes}, temperature={self._temperature}{learnt}"
         )
         words = f"label_smoothing={self.label_smoothing}, ignore_index={self.ignore_index}"
-        return f"{sizes}, {words}, reduction={self.reduction!r}{block}"
+        margin = f", margin={self.margin} ({self.margin_kind})" if self.margin else ""
+        return f"{sizes}, {words}{margin}, reduction={self.reduction!r}{block}"
 
     def _block(self) -> _sharded.Block:
         assert self._shared.group is not None

@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
+from .._once import once
 from .._op import choose, compute_dtype, define, raw, readable
 from .reference import cosine_cross_entropy_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "mean", "sum")
+ONCE = "cosine_cross_entropy: the kernels have no second derivatives; use impl='reference' to differentiate twice"
 # The gradient of the classes is made by the forward, beside that of the features, unless it is larger than this: then
 # the backward makes it, so that many classes never have both their gradient and a scaled copy of it. In C++ that costs
 # one more product of matrices; in Triton, which computes the logits again in either case, a launch.
@@ -172,8 +173,7 @@ class _CosineCE(torch.autograd.Function):
                     smoothing, compute, lse, each, grad_weight, False, True,
                 )[1]  # fmt: skip
         if torch.is_grad_enabled():
-            once: Any = _Once.apply
-            dx, dw, dt = (None if g is None else once(g, loss) for g in (dx, dw, dt))
+            dx, dw, dt = (None if g is None else once(g, loss, ONCE) for g in (dx, dw, dt))
         return (None, dx, dw, None, dt, *nothing[5:])
 
     @staticmethod
@@ -185,26 +185,6 @@ class _CosineCE(torch.autograd.Function):
         apply: Any = _CosineCE.apply
         outputs = zip(*(apply(*call) for call in calls), strict=True)
         return tuple(torch.stack(o) for o in outputs), (0,) * 8
-
-
-class _Once(torch.autograd.Function):
-    """Identity of a gradient, which cannot be differentiated again; ``loss`` ties it to the graph."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(gradient: Tensor, loss: Tensor) -> Tensor:
-        return gradient.clone()
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *unused: Tensor) -> Any:
-        raise RuntimeError(
-            "cosine_cross_entropy: the kernels have no second derivatives; use impl='reference' to differentiate twice"
-        )
 
 
 def _fake_forward(

@@ -1,4 +1,4 @@
-// Products and packing of cosine_ce.inl.
+// Products, packing, norms and exponentials of the losses on cosines: cosine_ce, contrastive_ce, nearest_keys.
 //
 // One register tile of M x V vectors does all three products: A is read by broadcasts with any two strides, so that
 // e [class][row] serves as it is for both gradients; B comes in panels of V vectors, so that its rows are adjacent.
@@ -78,6 +78,8 @@ static void gemm(int64_t m, int64_t n, int64_t K, Left left, const float* b, int
   }
 }
 
+constexpr float LOG2E = 1.44269504f;
+
 // 2^x within 1 ulp or so (degree 6, relative error 2e-9 before rounding); 2^-126 for anything smaller, NaN for NaN.
 static inline vf exp2(vf x) {
   x = x < -126.0f ? splat(-126.0f) : x;
@@ -140,14 +142,46 @@ static inline void fill(float* out, int64_t n, float value) {
   for (int64_t i = 0; i < n; ++i) out[i] = value;
 }
 
+// out[r] = 1 / norm of m's row r, or index[r]; 0 for a row that counts as zero.
+static void inverse_norms(const Matrix& m, int64_t row0, int64_t row1, int64_t D, float* out,
+                          const int64_t* index = nullptr) {
+  for (int64_t r = row0; r < row1; ++r)
+    typed(m.kind, m.row(index ? index[r] : r), [&](auto* p) {
+      vf total{};
+      for (int64_t d = 0; d < D; d += W) {
+        const vf v = load_part(p + d, D - d);
+        total += v * v;
+      }
+      double squares = sum(total);
+      if (!(squares > 1e-30 && squares < 1e37)) {  // the squares may have left the range of float
+        squares = 0;
+        for (int64_t d = 0; d < D; ++d) squares += (double)(float)p[d] * (double)(float)p[d];
+      }
+      const double norm = std::sqrt(squares);
+      // An infinite norm means infinite elements, whose quotient by it is NaN.
+      out[r] = norm <= 1e-12 ? 0.0f : std::isinf(norm) ? NAN : (float)(1.0 / norm);
+    });
+}
+
+template <class T>
+static void write_row(const float* row, int64_t n, T* out) {
+  for (int64_t d = 0; d < n; d += W) store_part(out + d, load(row + d), n - d);
+}
+static inline void write_row(Kind kind, const float* row, int64_t n, char* out, int64_t index) {
+  if (kind == Kind::f32) return write_row(row, n, (float*)out + index * n);
+  if (kind == Kind::bf16) return write_row(row, n, (c10::BFloat16*)out + index * n);
+  write_row(row, n, (c10::Half*)out + index * n);
+}
+
 // Rows of ``m`` in panels of P2 features, [panel][rows][P2]; rows without data and the last panel's rest are zero.
+// With ``index`` row r is m's row index[row0 + r].
 static void pack_panels(const Matrix& m, int64_t row0, int64_t rows, int64_t padded, int64_t D, const float* scale,
-                        float* out) {
+                        float* out, const int64_t* index = nullptr) {
   for (int64_t r = 0; r < padded; ++r) {
     const bool there = r < rows && (scale == nullptr || scale[r] != 0.0f);
     const float factor = there && scale != nullptr ? scale[r] : 1.0f;
     float* to = out + r * P2;
-    typed(m.kind, there ? m.row(row0 + r) : m.data, [&](auto* p) {
+    typed(m.kind, there ? m.row(index ? index[row0 + r] : row0 + r) : m.data, [&](auto* p) {
       for (int64_t d = 0; d < D; d += P2, to += padded * P2)
         for (int64_t j = 0; j < P2; j += W)
           store(to + j, there && d + j < D ? load_part(p + d + j, D - d - j) * factor : vf{});
@@ -188,15 +222,5 @@ static void transpose_rows(const float* in, int64_t ld, int64_t rows, int64_t co
       transpose(v);
       for (int i = 0; i < W; ++i) store(to + (k + i) * width, v[i]);
     }
-  }
-}
-
-// Pairs of rows side by side, as bfloat16 products take their right operand: out [rows / 2][columns][2].
-static void interleave(const c10::BFloat16* in, int64_t ld, int64_t rows, int64_t columns, c10::BFloat16* out) {
-  for (int64_t r = 0; r < rows; r += 2) {
-    const uint16_t* a = (const uint16_t*)(in + r * ld);
-    const uint16_t* b = a + ld;
-    uint32_t* to = (uint32_t*)(out + r * columns);
-    for (int64_t d = 0; d < columns; ++d) to[d] = a[d] | (uint32_t)b[d] << 16;
   }
 }
