@@ -136,7 +136,7 @@ def _split(saved: Mapping[Any, int], recompute: str, images: int, last: bool) ->
     if recompute != "blocks":
         return total, 0
     inside = {block: size for block, size in saved.items() if isinstance(block, tuple)}
-    return total - sum(inside.values()), max(inside.values())
+    return total - sum(inside.values()), max(inside.values(), default=0)
 
 
 def _twin(model: MultiCropModel, dtype: torch.dtype) -> MultiCropModel:
@@ -175,8 +175,10 @@ class _Saved(saved_tensors_hooks):
 
     def _enter(self, block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.block = (id(block),)
-        # What stays when the inside of blocks does not; the block that made it may have saved it too.
-        self._count(inputs[0], None)
+        # What stays when the inside of blocks does not; the block that made it may have saved it too. A frozen block
+        # keeps nothing.
+        if torch.is_grad_enabled():
+            self._count(inputs[0], None)
 
     def _leave(self, block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self.block = None

@@ -17,6 +17,7 @@ from typing import Any
 from . import untrusted
 from .errors import UsageError
 from .sections import (
+    STAGES,
     AugmentConfig,
     CheckpointConfig,
     Config,
@@ -31,6 +32,7 @@ from .sections import (
 from .settings import build, convert, nearest, parse, parse_override, toml_value
 
 __all__ = [
+    "STAGES",
     "AugmentConfig",
     "CheckpointConfig",
     "Config",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .config import Config
 from .data.index import Index
 from .data.loader import EvalLoader
+from .data.shots import training_rows
 from .distributed import World, gather_ragged, sum_
 from .neighbours import knn_scores
 from .verdict import Stopped
@@ -46,7 +47,7 @@ def evaluate(
     held_out = index.rows("val", config.data.held_out)
     if not len(held_out):
         return {}
-    bank_rows = knn_rows(index, index.rows("train", config.data.held_out), config.eval.knn_per_class)
+    bank_rows = knn_rows(index, training_rows(index, config.data), config.eval.knn_per_class)
     with torch.inference_mode():
         bank, bank_labels, _, _ = _extract(encoder, index, bank_rows, config, world, autocast, None, note)
         bank, bank_labels = gather_ragged(bank, world), gather_ragged(bank_labels, world)

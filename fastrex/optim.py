@@ -5,13 +5,13 @@ Everything that a step decides stays on the device; the loop reads it on logging
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .config import OptimConfig
+from .config import STAGES, OptimConfig
 from .distributed import World
 from .errors import FastrexError
 from .sgd import IMPLS
@@ -21,12 +21,19 @@ MAX_SKIPPED = 20  # overflows in a row before the run stops
 # Below 1 a scale would make small gradients vanish, which it is there to prevent; gradients of exactly 0 would let it
 # grow to infinity, from where it never comes back.
 SCALES = (1.0, 2.0**32)
+ENCODER = "model.encoder."  # how the names of the encoder's parameters begin
 
 
 class Optimizer:
     """SGD with momentum over named parameters, the EMA copies that follow them, and low-precision copies of both.
 
     Weight decay goes to parameters with two or more dimensions: biases and BatchNorm's affine have one.
+
+    A parameter whose learning rate carries a factor s (:func:`rate_factors`) has its gradient and its weight decay
+    multiplied by s instead. SGD with momentum is linear in both, so that its buffer then holds s times what it would,
+    and the update is the same whatever the schedule does; one multiplication of the gradients of each factor but 1, on
+    the device, serves every implementation of the update alike. The norm that is logged is that of the gradients as
+    they came.
 
     Args:
         parameters: name -> parameter. ema: name -> EMA copy, for the parameters that have one.
@@ -52,8 +59,15 @@ class Optimizer:
         world: World | None = None,
     ) -> None:
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
+        if not self.parameters:
+            raise FastrexError(
+                "train: a run must have a weight to train, got none: the whole encoder is frozen, and neither a "
+                "projector nor the objective has weights; lower model.frozen_stages"
+            )
+        self.factors = rate_factors(self.parameters, config)
         self.ema, self.copies, self.ema_copies = ema, copies or {}, ema_copies or {}
-        self.decay = {name: config.weight_decay if p.ndim > 1 else 0.0 for name, p in self.parameters.items()}
+        decayed = {name: config.weight_decay if p.ndim > 1 else 0.0 for name, p in self.parameters.items()}
+        self.decay = {name: decay * self.factors.get(name, 1.0) for name, decay in decayed.items()}
         self.buffers = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters.items()}
         self.host_lr = 0.0
         self.lr = torch.zeros((), device=next(iter(self.parameters.values())).device)
@@ -94,6 +108,9 @@ class Optimizer:
 
     def step(self, skip: Tensor, inv_scale: Tensor | None) -> None:
         """Update every parameter that has a gradient; leave everything where ``skip`` (0-d bool) is True."""
+        for factor in dict.fromkeys(self.factors.values()):
+            if grads := self._grads([name for name, own in self.factors.items() if own == factor]):
+                torch._foreach_mul_(grads, factor)
         self.update(skip, inv_scale)
 
     def state(self) -> dict[str, Tensor]:
@@ -105,6 +122,36 @@ class Optimizer:
     def _grads(self, names: Collection[str] | None = None) -> list[Tensor]:
         chosen = ((name, p.grad) for name, p in self.parameters.items() if names is None or name in names)
         return [grad for _, grad in chosen if grad is not None]
+
+
+def rate_factors(names: Iterable[str], config: OptimConfig) -> dict[str, float]:
+    """Factors on the learning rate, by parameter; those of 1 are left out.
+
+    ``optim.encoder_lr`` stands on all of the encoder's; ``optim.layer_decay`` = d puts d on its last stage, d^2 on the
+    one before, and so on to its stem (layer-wise learning rates, Howard & Ruder, "Universal language model fine-tuning
+    for text classification", ACL 2018).
+
+    Args:
+        names: of the training method's parameters: the encoder's begin with ``model.encoder.``.
+
+    Raises:
+        FastrexError: a decay for an encoder whose stages are not a ResNet's.
+    """
+    factors: dict[str, float] = {}
+    for name in names:
+        if not name.startswith(ENCODER):
+            continue
+        factors[name] = config.encoder_lr
+        if config.layer_decay != 1:
+            layer = name.removeprefix(ENCODER).split(".")[0]
+            stage = "stem" if layer in ("conv1", "bn1") else layer
+            if stage not in STAGES:
+                raise FastrexError(
+                    "train: optim.layer_decay must be 1 for an encoder whose stages are not a ResNet's "
+                    f"({', '.join(STAGES)}), got {config.layer_decay:g} with a layer {layer!r}; use optim.encoder_lr"
+                )
+            factors[name] *= config.layer_decay ** (len(STAGES) - STAGES.index(stage))
+    return {name: factor for name, factor in factors.items() if factor != 1}
 
 
 def _flattened(parameters: Sequence[nn.Parameter]) -> Tensor:

@@ -17,6 +17,7 @@ from .data.dataset import Dataset
 from .errors import FastrexError
 from .model.resnet import match_channels
 from .optim import load_tensors
+from .settings import toml_value
 from .step import Trainer
 
 # How long a save waits for the one before: a slow disk is waited for, one that hangs must not stall the training.
@@ -305,7 +306,14 @@ def _groups(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def init_from(trainer: Trainer, source: Path | str) -> str:
-    """Start the encoder (and its momentum copy) from other weights; projector and bank start fresh."""
+    """Start the encoder (and its momentum copy) from other weights; projector, objective and bank start fresh.
+
+    Returns:
+        A line for the log: where the weights come from, and what of the images or the network is not as it was there.
+
+    Raises:
+        FastrexError: they are those of another network.
+    """
     loaded = export.load_source(source)
     encoder = trainer.model.encoder
     own = {n: t for n, t in encoder.state_dict().items() if not n.endswith("num_batches_tracked")}
@@ -323,7 +331,25 @@ def init_from(trainer: Trainer, source: Path | str) -> str:
     if trainer.ema is not None:
         trainer.ema.encoder.load_state_dict(encoder.state_dict())
     trainer.refresh_copies()
-    return f"encoder starts from {source}{f' ({words})' if words else ''}"
+    said = [
+        _kind(loaded.arch),
+        *(f"{key} {loaded.provenance[key]}" for key in ("run", "step") if key in loaded.provenance),
+    ]
+    return "; ".join(
+        [f"encoder starts from {source}: {', '.join(said)}", *([words] if words else []), *_odd(trainer, loaded)]
+    )
+
+
+def _odd(trainer: Trainer, loaded: export.Source) -> list[str]:
+    """Settings that give the same weights other features than where they come from."""
+    config = trainer.config
+    pairs = [("model.bn_eps", config.model.bn_eps, loaded.arch["bn_eps"])]
+    pairs += [(f"data.{key}", getattr(config.data, key), loaded.preprocessing.get(key)) for key in ("mean", "std")]
+    return [
+        f"{name} is {toml_value(own)} here and was {toml_value(given)} there"
+        for name, own, given in pairs
+        if given is not None and own != given
+    ]
 
 
 def _kind(arch: Mapping[str, object]) -> str:

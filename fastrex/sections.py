@@ -9,6 +9,9 @@ from typing import Any
 from .errors import UsageError
 from .settings import setting
 
+STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
+"""The stages of a ResNet encoder, from the images on."""
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -68,6 +71,8 @@ class DataConfig:
         (0.485, 0.456, 0.406), "channel means subtracted after scaling to [0, 1]"
     )
     std: tuple[float, float, float] = setting((0.229, 0.224, 0.225), "channel deviations divided by", low=1e-6)
+    shots: int = setting(0, "training images of each class, drawn once by shots_seed (0 = all)", low=0)
+    shots_seed: int = setting(0, "which images shots draws, whatever run.seed is", low=0, high=2**63 - 1)
 
     @property
     def crops(self) -> tuple[tuple[int, int], ...]:
@@ -100,6 +105,24 @@ class AugmentConfig:
     global_solarize: float = setting(0.2, "probability of solarisation on a global crop", low=0.0, high=1.0)
     local_solarize: float = setting(0.0, "probability of solarisation on a local crop", low=0.0, high=1.0)
     solarize_threshold: int = setting(128, "pixels at or above are inverted", low=0, high=256)
+    mixup: float = setting(
+        0.0,
+        "mixup of pairs of images, share from Beta(x, x); the objective must take mixed targets (0 = off)",
+        low=0.0,
+        high=1.0,
+    )
+    cutmix: float = setting(
+        0.0,
+        "CutMix of pairs of images, share from Beta(x, x); the objective must take mixed targets (0 = off)",
+        low=0.0,
+        high=1.0,
+    )
+    mix_switch: float = setting(0.5, "probability of CutMix where mixup is on as well", low=0.0, high=1.0)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed in pairs, and so their targets."""
+        return self.mixup > 0 or self.cutmix > 0
 
 
 @dataclass(frozen=True)
@@ -129,6 +152,9 @@ class ModelConfig:
     ema_momentum: float = setting(
         0.999, "momentum of the momentum encoder, where the objective needs one", low=0.0, high=1.0
     )
+    frozen_stages: int = setting(
+        0, "stages of a ResNet that stay as they start: 1 = stem, 2 = and layer1, ..., 5 = the encoder", low=0, high=5
+    )
 
 
 @dataclass(frozen=True)
@@ -136,10 +162,24 @@ class ProjectorConfig:
     """The expendable projector between encoder and loss."""
 
     enabled: bool = setting(True, "false = none: the encoder's features meet the class weights")
-    hidden_layers: int = setting(3, "hidden layers: Linear + BatchNorm + GELU (3 = t-ReX, 1 = t-ReX*)", low=0)
+    hidden_layers: int = setting(3, "hidden layers: Linear + BatchNorm + activation (3 = t-ReX, 1 = t-ReX*)", low=0)
     hidden_dim: int = setting(2048, "width of the hidden layers", low=1)
     out_dim: int = setting(256, "width of the output, which meets the class weights", low=1)
     input_norm: bool = setting(True, "l2-normalise the encoder's feature before the projector")
+    activation: str = setting("gelu", "non-linearity of the hidden layers", choices=("gelu", "relu"))
+    batch_norm: bool = setting(True, "false = the hidden layers are Linear + activation")
+
+    @property
+    def text(self) -> str:
+        """Such as "3 hidden layers", or "1 hidden layer, ReLU, no BatchNorm" where they are not t-ReX's."""
+        if not self.enabled:
+            return "no projector"
+        words = [f"{self.hidden_layers} hidden layer{'s' * (self.hidden_layers != 1)}"]
+        if self.hidden_layers and self.activation == "relu":
+            words.append("ReLU")
+        if self.hidden_layers and not self.batch_norm:
+            words.append("no BatchNorm")
+        return ", ".join(words)
 
 
 @dataclass(frozen=True)
@@ -148,8 +188,7 @@ class ObjectiveConfig:
 
     name: str = setting(
         "class_means",
-        "class_means (online prototypes, Eq. 2), cosine_softmax (learnt class weights, Eq. 1) or softmax (plain "
-        "cross-entropy)",
+        "class_means (t-ReX's Eq. 2), cosine_softmax (its Eq. 1), softmax, supcon, schane, look, moco, mochi or ncm",
     )
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -173,6 +212,18 @@ class OptimConfig:
         choices=("fused", "torch", "apex"),
     )
     reduce_dtype: str = setting("fp32", "dtype of the gradients sent between ranks", choices=("fp32", "bf16"))
+    layer_decay: float = setting(
+        1.0,
+        "factor on the learning rate of a ResNet's last stage, once more for each stage before it (stem: 5th power)",
+        low=1e-6,
+        high=1.0,
+    )
+    encoder_lr: float = setting(
+        1.0,
+        "factor on the learning rate of the whole encoder (to hold it fixed: model.frozen_stages=5)",
+        low=1e-6,
+        high=100.0,
+    )
 
 
 @dataclass(frozen=True)

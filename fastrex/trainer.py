@@ -18,7 +18,7 @@ import fastrex_kernels
 
 from . import budget, checkpoint, distributed, export, memory, objectives, preflight, rundir, schedule, signals, streams
 from . import resume as resume_module
-from .config import Config
+from .config import STAGES, Config
 from .data.dataset import Dataset, open_dataset
 from .data.index import save as save_index
 from .data.loader import Batch
@@ -99,11 +99,16 @@ def _run(
         config, resuming = rundir.decide(path, config, resume, world)
         init_from = starting_weights(init_from, resuming, resume)
         # Whatever can be wrong with the input is found before the run directory is touched.
-        data = open_dataset(config, world, path / rundir.INDEX if resuming else None)
+        stored, labelled = path / rundir.INDEX if resuming else None, objectives.needs_labels(config)
+        data = open_dataset(config, world, stored, labelled=labelled)
         pooled = world.device.type == "cpu" and memory.pool()
         world.watch.mark(0, "building the model")
         trainer = Trainer(config, len(data.classes), world)
         notices = [resume_module.init_from(trainer, init_from)] if init_from is not None else []
+        if config.model.frozen_stages and init_from is None and not resuming:
+            stages = f"model.frozen_stages={config.model.frozen_stages}"
+            notices.append(f"{stages} keeps weights that are random; pass --init-from ENCODER")
+        notices += without_effect(config)
         if pooled:
             notices.append("CPU memory is pooled: what tensors free stays with this process (glibc mallopt)")
         notices.append(f"kernels: {fastrex_kernels.backend(world.device.type)}")
@@ -278,6 +283,14 @@ def resolve(config: Config, world: World) -> Config:
     return dataclasses.replace(objectives.resolve(config), optim=optim)
 
 
+def without_effect(config: Config) -> list[str]:
+    """The learning rates that have nothing to act on, as a line for the log."""
+    if config.model.frozen_stages < len(STAGES):
+        return []
+    dead = [f"optim.{name}" for name in ("encoder_lr", "layer_decay") if getattr(config.optim, name) != 1]
+    return [f"model.frozen_stages=5 holds the whole encoder: {' and '.join(dead)} without effect"] if dead else []
+
+
 def starting_weights(init_from: Path | str | None, resuming: bool, resume: str) -> Path | str | None:
     """``init_from`` for a new run. A restarted job repeats its command; its run has started from there already."""
     if resuming and init_from is not None and resume == "must":
@@ -359,13 +372,13 @@ def accuracies(results: dict[str, float]) -> str:
 def _opening(trainer: Trainer, data: Dataset, run: Path, start: int, stop: int, total: int) -> list[str]:
     config, world = trainer.config, trainer.world
     weights = sum(p.numel() for p in trainer.model.encoder.parameters())
-    layers = f"{config.projector.hidden_layers} hidden layers" if config.projector.enabled else "none"
+    projector = f"projector {config.projector.text}" if config.projector.enabled else "no projector"
     lines = [
         f"run {run} | recipe {config.recipe} | {world.device.type} x {world.size} | precision {trainer.precision}",
         f"data {data.config.data.path or 'digits'} | {int(data.class_counts.sum())} images, "
         f"{len(data.classes)} classes, {data.held_out} held out | crops {config.data.crops_text} | "
         f"batch {config.optim.batch_size}",
-        f"model {config.model.arch} {weights / 1e6:.2f}M | projector {layers} | "
+        f"model {config.model.arch} {weights / 1e6:.2f}M | {projector} | "
         f"objective {config.objective.name} | steps {start} to {stop} of {total}",
     ]
     if config.optim.accumulate > 1:
@@ -380,7 +393,7 @@ def _opening(trainer: Trainer, data: Dataset, run: Path, start: int, stop: int, 
 
 def _closing(metrics: dict[str, float], encoder: Path) -> list[str]:
     return [
-        f"accuracy: {accuracies(metrics)}" if metrics else "accuracy: not evaluated (nothing held out)",
+        f"accuracy: {accuracies(metrics)}" if metrics else "accuracy: not evaluated",
         f"encoder:  {encoder / 'model.safetensors'}",
         f"load it:  fastrex.load_encoder({str(encoder)!r})",
     ]

@@ -80,7 +80,8 @@ def test_a_run_starts_from_an_encoder_of_other_channels(
             torch.testing.assert_close(ours, source.model.encoder.eval()(x.expand(2, given, 32, 32)))
         assert ("summed for grey images" if wanted == 1 else "repeated, divided by 3") in line
         plain = Trainer(configured(stripes, f"data.channels={given}"), 4, here)
-        assert init_from(plain, tmp_path / "source.pth") == f"encoder starts from {tmp_path / 'source.pth'}"
+        line = f"encoder starts from {tmp_path / 'source.pth'}: resnet18 (stem small, width 4)"
+        assert init_from(plain, tmp_path / "source.pth") == line
         narrow = Trainer(configured(stripes, f"data.channels={wanted}", "model.width=8"), 4, here)
         with pytest.raises(FastrexError, match="--init-from must hold a resnet18"):
             init_from(narrow, tmp_path / "source.pth")

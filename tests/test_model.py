@@ -302,6 +302,31 @@ def test_projector_is_its_formula() -> None:
     torch.testing.assert_close(projector(x), hidden @ last.weight.T)
 
 
+@pytest.mark.parametrize("batch_norm", [True, False])
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_projector_options_are_their_formulas(activation: str, batch_norm: bool) -> None:
+    torch.manual_seed(3)
+    cfg = ProjectorConfig(
+        hidden_layers=2, hidden_dim=6, out_dim=3, input_norm=False, activation=activation, batch_norm=batch_norm
+    )
+    projector = Projector(5, cfg).double()
+    x = torch.randn(7, 5, dtype=torch.float64)
+    wanted = [x]
+    linears = [layer for layer in projector.layers if isinstance(layer, nn.Linear)]
+    for linear in linears[:-1]:
+        hidden = wanted[-1] @ linear.weight.T + linear.bias
+        if batch_norm:
+            hidden = (hidden - hidden.mean(0)) / (hidden.var(0, correction=0) + 1e-5).sqrt()
+        wanted.append(hidden.clamp(min=0) if activation == "relu" else nn.functional.gelu(hidden))
+    wanted.append(wanted[-1] @ linears[-1].weight.T)
+    torch.testing.assert_close(projector(x), wanted[-1])
+    # Layer by layer too: the analysis reads what stands behind each.
+    for stage, values in zip(projector.stages(), wanted[1:], strict=True):
+        x = stage(x)
+        torch.testing.assert_close(x, values)
+    assert not any(isinstance(layer, BatchNormAct) for layer in projector.layers) or batch_norm
+
+
 def test_projector_initialisation() -> None:
     torch.manual_seed(2)
     projector = Projector(256, ProjectorConfig(hidden_layers=2, hidden_dim=256, out_dim=64))

@@ -71,23 +71,18 @@ def _read(folder: Path) -> Projector | None:
 
 def depth(projector: Projector) -> int:
     """Its number of hidden layers."""
-    return sum(isinstance(layer, nn.GELU) for layer in projector.layers)
+    return len(projector.stages()) - 1
 
 
 @torch.inference_mode()
 def layers(features: Tensor, projector: Projector | None) -> Iterator[tuple[str, Tensor]]:
-    """ "encoder" with ``features`` [N, D], then "hidden 1", ... (behind the GELU) and "output" with what ``projector``
-    makes of them, float32 [N, width]; two of them are held at a time. All on the device of both."""
+    """ "encoder" with ``features`` [N, D], then "hidden 1", ... (behind the activation) and "output" with what
+    ``projector`` makes of them, float32 [N, width]; two of them are held at a time. All on the device of both."""
     yield "encoder", features
     if projector is None:
         return
     x = nn.functional.normalize(features, dim=1, eps=1e-12) if projector.input_norm else features
-    names = iter([*(f"hidden {number}" for number in range(1, depth(projector) + 1)), "output"])
-    stage: list[nn.Module] = []
-    for layer in projector.layers:
-        stage.append(layer)
-        if isinstance(layer, nn.GELU) or layer is projector.layers[-1]:
-            through = nn.Sequential(*stage)
-            x = torch.cat([through(part) for part in torch.split(x, _CHUNK)])
-            stage = []
-            yield next(names), x
+    stages = projector.stages()
+    for number, stage in enumerate(stages, 1):
+        x = torch.cat([stage(part) for part in torch.split(x, _CHUNK)])
+        yield f"hidden {number}" if number < len(stages) else "output", x

@@ -25,6 +25,8 @@ from .index import Index, load, open_or_build
 from .loader import Batch, TrainLoader
 from .plan import Plan
 from .plan import notices as plan_notices
+from .scan import refuse_one_class
+from .shots import training_rows
 from .sources import find_source
 from .synthetic import SyntheticLoader
 
@@ -87,9 +89,13 @@ class Dataset:
         return TrainLoader(self.index, self.plan, config.data, **share, threads=threads)
 
 
-def open_dataset(config: Config, world: World, stored: Path | None = None) -> Dataset:
+def open_dataset(config: Config, world: World, stored: Path | None = None, *, labelled: bool = True) -> Dataset:
     """Find the images that ``data.path`` names, with an index that is built on first use, or with the ``stored`` one if
     that is a file.
+
+    Args:
+        labelled: their labels are learnt from, which takes two classes. Without, one class will do; nothing of it is
+            evaluated, since any model would be right about every image.
 
     Raises:
         FastrexError: no path, an unusable folder, or a batch that the ranks or the images cannot fill.
@@ -97,6 +103,10 @@ def open_dataset(config: Config, world: World, stored: Path | None = None) -> Da
     check_batch(config, world)
     batch = config.optim.batch_size
     if config.data.path == SYNTHETIC:
+        if config.data.shots:
+            raise UsageError(
+                "config: data.shots must be 0 with data.path=synthetic, which has no images to choose from"
+            )
         counts = np.full(SYNTHETIC_CLASSES, SYNTHETIC_IMAGES // SYNTHETIC_CLASSES)
         names = tuple(f"class-{c:04d}" for c in range(SYNTHETIC_CLASSES))
         steps = SYNTHETIC_IMAGES // batch
@@ -104,17 +114,30 @@ def open_dataset(config: Config, world: World, stored: Path | None = None) -> Da
         return Dataset(config, names, counts, steps, SYNTHETIC, 0, notices=lines)
     index = open_index(config, world, stored)
     check_same_images(index, world)
-    rows, held_out = index.rows("train", config.data.held_out), index.rows("val", config.data.held_out)
+    if labelled:
+        way_out = "; without labels train objective.name=moco or mochi"
+        refuse_one_class(index.root, index.classes, "training", way_out)
+    rows, held_out = training_rows(index, config.data), index.rows("val", config.data.held_out)
+    unlabelled = len(index.classes) < 2
     plan = Plan(
         config.run.seed, batch, rows, index.heights, index.widths, config.data, config.augment, labels=index.labels
     )
     counts = np.bincount(index.labels[rows], minlength=len(index.classes))
     notices = []
+    if config.data.shots:
+        every = len(index.rows("train", config.data.held_out))
+        notices.append(
+            f"data.shots={config.data.shots}: {len(rows)} of {every} training images (data.shots_seed="
+            f"{config.data.shots_seed})"
+        )
     if bad := index.bad():
         names_of_bad = "; ".join(f"{name!r} ({reason})" for name, reason in bad[:5])
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         notices.append(f"left out {len(bad)} unreadable files: {names_of_bad}{more}")
-    if not len(held_out):
+    if unlabelled:
+        aside = f"; data.held_out=0 trains on the {len(held_out)} images held out as well" if len(held_out) else ""
+        notices.append(f"evaluation is off: there is one class only, and accuracies need two{aside}")
+    elif not len(held_out):
         notices.append(
             "evaluation is off: there is no val/ or test/ folder and nothing to hold out "
             f"(data.held_out={config.data.held_out:g}; classes with fewer than 2 images stay in training)"
@@ -122,8 +145,9 @@ def open_dataset(config: Config, world: World, stored: Path | None = None) -> Da
     notices += [*index.notices, *plan.notices()]
     who = {"fastrex": "fastrex", "dali": "DALI"}[cutter(config.data, world.device)]
     notices.append(f"images: decoded by DALI, cut by {who}")
+    evaluated = 0 if unlabelled else len(held_out)
     return Dataset(
-        config, index.classes, counts, plan.steps_per_epoch, index.fingerprint, len(held_out), index, plan, notices
+        config, index.classes, counts, plan.steps_per_epoch, index.fingerprint, evaluated, index, plan, notices
     )
 
 
@@ -139,6 +163,14 @@ def check_batch(config: Config, world: World) -> None:
         raise FastrexError(
             f"train: optim.batch_size / optim.accumulate must be at least 2 for BatchNorm, got {batch} / "
             f"{config.optim.accumulate}; set a larger optim.batch_size"
+        )
+    # Images are mixed within what one rank gets at a time, and no two views of one image.
+    whole = parts * 2 * config.data.repeats
+    if config.augment.mixes and batch % whole:
+        raise FastrexError(
+            "train: optim.batch_size must be a multiple of ranks x optim.accumulate x 2 x data.repeats = "
+            f"{whole} for augment.mixup and cutmix, which mix pairs of images, got {batch}; set optim.batch_size="
+            f"{max(1, batch // whole) * whole}, or augment.mixup=0 and augment.cutmix=0"
         )
 
 

@@ -15,16 +15,17 @@ if TYPE_CHECKING:
 
 
 class Projector(nn.Module):
-    """Features [N, D] -> [N, out_features]: input l2 norm, L x [Linear -> BatchNorm -> GELU (erf)], Linear without
-    bias.
+    """Features [N, D] -> [N, out_features]: input l2 norm, L x [Linear -> BatchNorm -> GELU (erf) or ReLU], Linear
+    without bias.
 
     Linear weights start from a truncated normal of std 0.02, biases from 0. The input norm (eps 1e-12) is computed in
     fp32 or better; the output is not normalised.
 
     Args:
         in_features: D.
-        cfg: ``hidden_layers`` (L; 0 leaves the last layer alone), ``hidden_dim``, ``out_dim``, ``input_norm``. Without
-            ``enabled`` nothing is done: ``out_features`` is D.
+        cfg: ``hidden_layers`` (L; 0 leaves the last layer alone), ``hidden_dim``, ``out_dim``, ``input_norm``,
+            ``activation``, ``batch_norm`` (False leaves Linear and activation, as the heads of SupCon and MoCo v2).
+            Without ``enabled`` nothing is done: ``out_features`` is D.
         bn_momentum: momentum of the running statistics.
         bn_eps: eps of the batch normalisation.
         bn: what computes the batch norms, see :mod:`fastrex.model.norm`.
@@ -48,8 +49,14 @@ class Projector(nn.Module):
             return
         features = in_features
         for _ in range(cfg.hidden_layers):
-            norm = BatchNormAct(cfg.hidden_dim, relu=False, eps=bn_eps, momentum=bn_momentum, backend=bn)
-            layers += [Linear(features, cfg.hidden_dim), norm, nn.GELU()]
+            relu = cfg.activation == "relu"
+            layers.append(Linear(features, cfg.hidden_dim))
+            if cfg.batch_norm:
+                layers.append(BatchNormAct(cfg.hidden_dim, relu=relu, eps=bn_eps, momentum=bn_momentum, backend=bn))
+            if not relu:
+                layers.append(nn.GELU())
+            elif not cfg.batch_norm:
+                layers.append(nn.ReLU())
             features = cfg.hidden_dim
         layers.append(Linear(features, cfg.out_dim, bias=False))
         self.layers = nn.Sequential(*layers)
@@ -65,3 +72,10 @@ class Projector(nn.Module):
             x = nn.functional.normalize(wide, dim=1, eps=1e-12)
         out: Tensor = self.layers(x)
         return out
+
+    def stages(self) -> list[nn.Sequential]:
+        """The hidden layers, each with what follows its Linear, then the output layer; empty without a projector."""
+        layers = list(self.layers)
+        starts = [number for number, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
+        ends = [*starts[1:], len(layers)]
+        return [nn.Sequential(*layers[start:end]) for start, end in zip(starts, ends, strict=False)]

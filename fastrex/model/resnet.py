@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
+from ..config import STAGES
 from ..errors import FastrexError, UsageError
 from ..settings import nearest
 from .layers import Conv2d, global_average
@@ -97,12 +98,16 @@ class ResNet(nn.Module):
 
     Convolutions start from Kaiming's normal (fan-out, ReLU), batch norms from 1 and 0, also the last of each block.
     Weights are kept channels-last and inputs are brought to that format.
+
+    Attributes:
+        frozen: how many of ``STAGES``, from the stem on, :meth:`freeze` has frozen.
     """
 
     layer1: nn.Sequential
     layer2: nn.Sequential
     layer3: nn.Sequential
     layer4: nn.Sequential
+    frozen = 0
 
     def __init__(
         self,
@@ -146,10 +151,36 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        x = self.maxpool(self.bn1(self.conv1(x)))
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
-        return global_average(x)
+        if self.frozen:
+            with torch.no_grad():
+                x = self._through(x, 0, self.frozen)
+        return global_average(self._through(x, self.frozen, len(STAGES)))
+
+    def freeze(self, stages: int) -> None:
+        """Let the first ``stages`` of ``STAGES`` stay as they are: without gradients and without what a backward would
+        need, their batch norms in eval mode whatever mode the network is in."""
+        self.frozen = stages
+        for stage in self._stages()[:stages]:
+            for module in stage:
+                module.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> ResNet:
+        super().train(mode)
+        for stage in self._stages()[: self.frozen]:
+            for module in stage:
+                module.eval()
+        return self
+
+    def _stages(self) -> list[list[nn.Module]]:
+        stem: list[nn.Module] = [self.conv1, self.bn1, self.maxpool]
+        return [stem, [self.layer1], [self.layer2], [self.layer3], [self.layer4]]
+
+    def _through(self, x: Tensor, start: int, stop: int) -> Tensor:
+        for stage in self._stages()[start:stop]:
+            for module in stage:
+                x = module(x)
+        return x
 
 
 def build_encoder(model: ModelConfig, channels: int = 3) -> nn.Module:
@@ -158,7 +189,8 @@ def build_encoder(model: ModelConfig, channels: int = 3) -> nn.Module:
     ``timm:NAME`` gives timm's model with fresh weights, pooled output and its own normalisation settings.
 
     Raises:
-        FastrexError: timm is not installed, does not know NAME, or ``stem``/``width`` were changed for a timm model.
+        FastrexError: timm is not installed, does not know NAME, or ``stem``, ``width`` or ``frozen_stages`` are set for
+            a timm model.
         UsageError: unknown arch.
     """
     if not model.arch.startswith("timm:"):
@@ -167,7 +199,7 @@ def build_encoder(model: ModelConfig, channels: int = 3) -> nn.Module:
                 f"config: model.arch must be one of {', '.join(ARCHS)} or timm:NAME, got {model.arch!r}"
                 f"{nearest(model.arch, list(ARCHS))}"
             )
-        return ResNet(
+        encoder = ResNet(
             model.arch,
             stem=model.stem,
             width=model.width,
@@ -176,10 +208,17 @@ def build_encoder(model: ModelConfig, channels: int = 3) -> nn.Module:
             channels=channels,
             bn=model.bn,
         )
+        encoder.freeze(model.frozen_stages)
+        return encoder
     if model.stem != "imagenet" or model.width != 64:
         raise FastrexError(
             f"train: model.stem and model.width must keep their defaults for {model.arch}, got {model.stem!r} and "
             f"{model.width}; set model.stem=imagenet model.width=64"
+        )
+    if model.frozen_stages:
+        raise FastrexError(
+            f"train: model.frozen_stages must be 0 for {model.arch}, got {model.frozen_stages}: only the stages of "
+            f"{', '.join(ARCHS)} are known; use optim.encoder_lr"
         )
     return timm_encoder(model.arch.removeprefix("timm:"), channels)
 

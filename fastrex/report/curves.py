@@ -31,6 +31,8 @@ ACCURACY: tuple[tuple[str, str], ...] = (
 BANK: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("bank/empty_classes", "Empty classes", "", {"zero": True}),
     ("bank/age", "Mean age of an entry", "steps", {"zero": True}),
+    ("bank/filled", "Filled slots of the queue", "%", {"zero": True}),
+    ("train/without_positive", "Crops without a positive", "%", {"zero": True, "smooth": SMOOTH}),
     ("train/class_change", "", "l2", {"log_y": True, "smooth": SMOOTH}),
 )
 # What the change of the class vectors is called, by whether they are prototypes of a bank; None: of runs of both kinds.
@@ -73,7 +75,8 @@ def bank(records: Sequence[Record]) -> Section:
     if not drawn:
         return Section("bank", "Bank and class vectors", omitted=("Bank: none of the runs has logged any of it.",))
     note = (
-        "An empty class has no entry in the bank and is a neutral competitor. The change is the mean l2 distance of "
+        "An empty class has no entry in the bank and is a neutral competitor; a crop without a positive has no loss. "
+        "The change is the mean l2 distance of "
         "the normalised class vectors before and after a step: how far the prototypes of a bank drift, and the same "
         "of learnt class weights."
     )

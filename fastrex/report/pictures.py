@@ -21,6 +21,7 @@ from ..data import dataset, show
 from ..data.index import Index
 from ..data.plan import Plan
 from ..data.reader import read_bytes
+from ..data.shots import training_rows
 from ..distributed import World
 from ..errors import FastrexError, explain, one_line
 from ..markup import data_url, text
@@ -112,7 +113,7 @@ def _index(record: Record, config: Config, world: World) -> Index:
 
 def _crops(record: Record, config: Config, index: Index, count: int) -> str:
     """The first images of the last batch on record."""
-    rows = index.rows("train", config.data.held_out)
+    rows = training_rows(index, config.data)
     plan = Plan(
         config.run.seed, config.optim.batch_size, rows, index.heights, index.widths, config.data, config.augment,
         labels=index.labels,
@@ -163,7 +164,7 @@ def _crop(crop: show.Crop, sample: show.Sample) -> str:
 
 def _choose(config: Config, index: Index, queries: int) -> _Chosen:
     """The same images whatever the run, as long as the data set is the same."""
-    train, held = index.rows("train", config.data.held_out), index.rows("val", config.data.held_out)
+    train, held = training_rows(index, config.data), index.rows("val", config.data.held_out)
     ours = _shuffled(index, train)
     there = np.unique(index.labels[train])
     classes = there[np.linspace(0, len(there) - 1, min(CLASSES, len(there))).round().astype(int)]

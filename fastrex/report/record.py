@@ -22,7 +22,7 @@ from ..transfer import results
 NAMES = (
     *("train/loss", "train/top1", "train/top5", "train/lr", "train/epoch", "train/grad_norm", "train/class_change"),
     *("train/loss_scale", "eval/top1", "eval/knn", "eval/images", "perf/images_per_s", "perf/data_wait"),
-    *("bank/empty_classes", "bank/age"),
+    *("bank/empty_classes", "bank/age", "bank/filled", "train/without_positive"),
 )
 MAX_METRICS, MAX_LOG, MAX_ANALYSIS = 1 << 30, 1 << 28, 1 << 26  # bytes
 FIRST, LAST = 60, 140  # lines of the log that are kept of its beginning and its end

@@ -169,9 +169,7 @@ def _recipe(record: Record) -> str:
 def _method(record: Record) -> str:
     if record.config is None:
         return ""
-    layers = record.config.projector.hidden_layers
-    projector = f"{layers} hidden layer{'s' * (layers != 1)}" if record.config.projector.enabled else "no projector"
-    return f"{record.config.objective.name}, {record.config.model.arch}, {projector}"
+    return f"{record.config.objective.name}, {record.config.model.arch}, {record.config.projector.text}"
 
 
 def _value(point: tuple[float, float] | None) -> float | None:
