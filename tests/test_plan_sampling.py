@@ -288,6 +288,9 @@ def test_grey_images_have_no_draws_of_colour() -> None:
 def test_notices_say_what_the_settings_do() -> None:
     assert make().notices() == []
     assert make(batch=32, last_batch="pad").notices() == ["data.last_batch=pad repeats 31 images in every epoch"]
+    # More than there are: not one image is shown once.
+    (short,) = make(batch=256, last_batch="pad").notices()
+    assert short == "data.last_batch=pad: a batch of 256 shows each of 65 images 3.9 times; set optim.batch_size lower"
     balanced, repeated = make(sampling="balanced", repeats=2).notices()
     assert balanced == (
         "data.sampling=balanced: 5 classes equally often; an epoch draws an image of the largest class (40) 0.15 "

@@ -16,9 +16,12 @@ from fastrex_kernels.crop_resize import crop_resize
 
 from ..config import DataConfig
 from .ahead import compute_alone
+from .mixes import MixPlan
+from .mixing import mix_, weights
 from .plan import BatchPlan, GroupPlan
 
 TASK_PIXELS = 1 << 17  # of crops that one thread makes at a time: stays in its cache, hides the cost of the calls
+MIXED_PIXELS = 1 << 21  # of crops that a GPU mixes at a time: bounds the float32 copies that it takes
 
 
 def cutter(data: DataConfig, device: torch.device) -> str:
@@ -86,6 +89,8 @@ class CropMaker:
         else:
             for future in [self._pool.submit(self._make, task, images, before) for task, before in tasks]:
                 future.result()
+        if part.mix is not None:
+            self._mix(results, part.mix)
         return tuple(results)
 
     def centre(self, images: Tensor) -> Tensor:
@@ -122,6 +127,23 @@ class CropMaker:
         else:
             cut = images[before + task.crop][some]
         self._augment(cut, task.params[task.rows], task.out[task.rows])
+
+    def _mix(self, groups: list[Tensor], mix: MixPlan) -> None:
+        """Mix what all tasks have made: an image and its partner may come from two of them."""
+        on_gpu, pairs, tasks = self.device.type == "cuda", len(mix.shares), []
+        for crops in groups:
+            side = crops.shape[-1]
+            shares, boxes = (sent(values, self.device) for values in weights(mix, side))
+            pixels = 2 * (len(crops) // (2 * pairs)) * side**2 * mix.distance  # of a block of pairs
+            step = mix.distance * max(1, (MIXED_PIXELS if on_gpu else TASK_PIXELS) // pixels)
+            for first in range(0, pairs, step):
+                tasks.append((crops, mix, shares, boxes, slice(first, min(first + step, pairs))))
+        if on_gpu:
+            for task in tasks:
+                mix_(*task)
+        else:
+            for future in [self._pool.submit(mix_, *task) for task in tasks]:
+                future.result()
 
     def _augment(self, crops: Tensor, params: Tensor, out: Tensor | None = None) -> Tensor:
         data = self.data

@@ -28,6 +28,7 @@ from . import dali
 from .ahead import Ahead
 from .crops import CropMaker, cutter, sent
 from .index import Index
+from .mixing import mix_targets
 from .plan import BatchPlan, Plan
 from .reader import BadSample, BadSamples, Reader, Rows, read_image
 
@@ -40,8 +41,9 @@ class Batch:
     """One rank's part of a micro-batch, on the device.
 
     ``step`` is global (``plan.step`` counts within the epoch). ``crops``: per group [K*B, C, S, S] with C =
-    ``data.channels``, channels-last, crop-major (row k*B + b). ``target``: int64 [B]. ``images``: int64 [B] index rows;
-    ``samples``: the same on the host. ``last_micro``: the step's last.
+    ``data.channels``, channels-last, crop-major (row k*B + b). ``target``: int64 [B], or float32 [B, classes] where
+    images are mixed. ``images``: int64 [B] index rows; ``samples``: the same on the host. ``last_micro``: the step's
+    last.
     """
 
     epoch: int
@@ -284,6 +286,12 @@ class TrainLoader(_Loader[Batch]):
                 if self.cutter == "fastrex":
                     images = [images[place] for place in request.token.places]
                 crops, target = maker.crops(part, images), self._target(part.samples)
+                if part.mix is not None:
+                    shares, partners = (
+                        sent(torch.from_numpy(values), self.device)
+                        for values in (part.mix.own_shares, part.mix.partners)
+                    )
+                    target = mix_targets(target, shares, partners, len(self.index.classes))
                 rows = sent(torch.from_numpy(part.samples.astype(np.int64)), self.device)
                 step = part.epoch * self.plan.steps_per_epoch + part.step
                 last = part.micro == self.micros - 1

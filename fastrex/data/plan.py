@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from ..config import AugmentConfig, DataConfig
 from ..errors import FastrexError
 from .draws import central_boxes, random_keys, try_boxes, uniforms
+from .mixes import MixPlan, draw_mixes, mix_notices
 
 # Columns of the photometric parameters; kernels/fastrex_kernels/augment holds the same numbers.
 FLIP, ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, BLUR, SOLARIZE = range(9)
@@ -39,7 +40,7 @@ VERSION = 1
 TRIES = 10  # as torchvision
 KEPT_ORDERS = 256  # of a class, for the replacement of bad images
 SWITCH_BLOCK, FACTOR_BLOCK, FILTER_BLOCK = TRIES, TRIES + 1, TRIES + 2
-PERMUTATION_PURPOSE, CROP_PURPOSE, BLOCK_PURPOSE, SUBSTITUTE_PURPOSE, STRANGER_PURPOSE = range(5)
+PERMUTATION_PURPOSE, CROP_PURPOSE, BLOCK_PURPOSE, SUBSTITUTE_PURPOSE, STRANGER_PURPOSE, MIX_PURPOSE = range(6)
 VIEW_SHIFT = 4  # purposes below, the view's number above
 
 
@@ -75,7 +76,7 @@ class BatchPlan:
 
     ``step`` counts within the epoch; ``repeats`` counts the padding repeats in the whole global batch. ``views`` int64
     [B] counts each image's occurrences in the epoch from 0. ``planned`` int64 [B] are the rows that the plan drew:
-    ``samples``, except where :meth:`Plan.redraw` put another image.
+    ``samples``, except where :meth:`Plan.redraw` put another image. ``mix``: which images are mixed, if any.
     """
 
     epoch: int
@@ -86,6 +87,7 @@ class BatchPlan:
     groups: tuple[GroupPlan, ...]
     views: NDArray[np.int64]
     planned: NDArray[np.int64]
+    mix: MixPlan | None = None
 
 
 def crop_groups(data: DataConfig, augment: AugmentConfig) -> tuple[CropGroup, ...]:
@@ -172,21 +174,23 @@ class Plan:
 
     def notices(self) -> list[str]:
         """What a user should know about this plan; for the log."""
-        lines, count, repeats = [], len(self.samples), self.data.repeats
+        lines, count, repeats, classes = list[str](), len(self.samples), self.data.repeats, 0
         if self.data.sampling == "balanced":
-            sizes = self._classes[2]
-            large, small = (self._draws / len(sizes) / size for size in (sizes.max(), sizes.min()))
+            classes = len(sizes := self._classes[2])
+            large, small = (self._draws / classes / size for size in (sizes.max(), sizes.min()))
             lines.append(
-                f"data.sampling=balanced: {len(sizes)} classes equally often; an epoch draws an image of the largest "
+                f"data.sampling=balanced: {classes} classes equally often; an epoch draws an image of the largest "
                 f"class ({sizes.max()}) {large:.2g} times, one of the smallest ({sizes.min()}) {small:.2g} times"
             )
         if repeats > 1:
-            lines.append(
-                f"data.repeats={repeats}: an epoch draws {self._draws} of {count} images, {repeats} views each"
-            )
-        if (padded := self._padded(self.steps_per_epoch - 1)) > 0:
+            drawn = f"an epoch draws {self._draws} of {count} images, {repeats} views each"
+            lines.append(f"data.repeats={repeats}: {drawn}")
+        if self.batch_size // repeats > count:
+            shown = f"a batch of {self.batch_size} shows each of {count} images {self.batch_size / count:.2g} times"
+            lines.append(f"data.last_batch=pad: {shown}; set optim.batch_size lower")
+        elif (padded := self._padded(self.steps_per_epoch - 1)) > 0:
             lines.append(f"data.last_batch=pad repeats {padded} images in every epoch")
-        return [*lines, *notices(self.data, self._configured)]
+        return [*lines, *mix_notices(self.augment, classes), *notices(self.data, self._configured)]
 
     def permutation(self, epoch: int) -> NDArray[np.int64]:
         """The index rows in the order in which this epoch draws them, int64 [N], read-only."""
@@ -197,9 +201,8 @@ class Plan:
     ) -> BatchPlan:
         """Rank ``rank``'s contiguous share of micro-batch ``micro`` of the global batch ``step`` of ``epoch``."""
         if not (0 <= epoch < 1 << 32 and 0 <= step < self.steps_per_epoch):
-            raise ValueError(
-                f"Plan.batch: step must lie in [0, {self.steps_per_epoch}), got epoch {epoch}, step {step}"
-            )
+            fact = f"got epoch {epoch}, step {step}"
+            raise ValueError(f"Plan.batch: step must lie in [0, {self.steps_per_epoch}), {fact}")
         if not (0 <= rank < world and 0 <= micro < micros):
             raise ValueError(f"Plan.batch: rank must lie below world and micro below micros, got {rank=} {micro=}")
         if self.batch_size % (world * micros):
@@ -208,8 +211,11 @@ class Plan:
         share = self.batch_size // (world * micros)
         first = step * self.batch_size + (micro * world + rank) * share
         rows, views = self._at(epoch, np.arange(first, first + share))
-        groups = self.draw(rows, views, epoch)
-        return BatchPlan(epoch, step, micro, rows, self._padded(step), groups, views, rows)
+        groups, mix = self.draw(rows, views, epoch), None
+        if self.augment.mixes:
+            side, distance = self.groups[0].size, self.data.repeats
+            mix = draw_mixes(self.seed, epoch, first, share, distance, MIX_PURPOSE, self.augment, side)
+        return BatchPlan(epoch, step, micro, rows, self._padded(step), groups, views, rows, mix)
 
     def occurrences(self, row: int, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Where ``row`` occurs in ``epoch``: its places, counted over the global batches, and its views, int64 [n]."""

@@ -21,6 +21,7 @@ from ..config import DataConfig
 from ..errors import FastrexError
 from .index import Index, Status
 from .loader import one_batch
+from .mixes import MixPlan
 from .plan import (
     BLUR,
     BRIGHTNESS,
@@ -79,13 +80,19 @@ def of_batch(index: Index, plan: Plan, data: DataConfig, epoch: int, step: int, 
         FastrexError: an image is gone, changed or cannot be decoded.
     """
     whole = plan.batch(epoch, step)
+    # Those that they are mixed with are needed too.
+    count, mix = rows, whole.mix
+    if mix is not None:
+        count = -(-rows // (2 * mix.distance)) * 2 * mix.distance
+        mix = mix.first(count)
     groups = tuple(
-        dataclasses.replace(group, boxes=group.boxes[:, :rows], params=group.params[:, :rows]) for group in whole.groups
+        dataclasses.replace(group, boxes=group.boxes[:, :count], params=group.params[:, :count])
+        for group in whole.groups
     )
-    samples, views, planned = whole.samples[:rows], whole.views[:rows], whole.planned[:rows]
-    part = dataclasses.replace(whole, samples=samples, views=views, planned=planned, groups=groups)
-    notes = [f"place {place} of the batch{_view(int(view))}" for place, view in enumerate(views)]
-    return _collect(index, plan, data, part, notes)
+    samples, views, planned = whole.samples[:count], whole.views[:count], whole.planned[:count]
+    part = dataclasses.replace(whole, samples=samples, views=views, planned=planned, groups=groups, mix=mix)
+    notes = [f"place {place} of the batch{_view(int(view))}{_mixed(mix, place)}" for place, view in enumerate(views)]
+    return _collect(index, plan, data, part, notes)[:rows]
 
 
 def of_names(index: Index, plan: Plan, data: DataConfig, epoch: int, names: Sequence[str]) -> list[Sample]:
@@ -107,7 +114,8 @@ def of_names(index: Index, plan: Plan, data: DataConfig, epoch: int, names: Sequ
             where = f"place {place} of step {step} in epoch {epoch}"
         else:
             where = f"not drawn in epoch {epoch}" if train else "held out: no image of the training"
-        notes.append(where + _view(int(view)))
+        # Its partner belongs to a batch; asked for by itself it has none.
+        notes.append(where + _view(int(view)) + (", not mixed here" if plan.augment.mixes else ""))
     part = BatchPlan(epoch, 0, 0, rows, 0, plan.draw(rows, views, epoch), views, rows)
     # A substitute would not be what was asked for.
     return _collect(index, plan, dataclasses.replace(data, on_bad_sample="stop"), part, notes)
@@ -137,6 +145,13 @@ def find(index: Index, name: str) -> int:
 
 def _view(view: int) -> str:
     return f", view {view}" if view else ""
+
+
+def _mixed(mix: MixPlan | None, place: int) -> str:
+    if mix is None:
+        return ""
+    kind = "CutMix" if mix.own_cuts[place] else "mixup"
+    return f", {mix.own_shares[place]:.0%} of it in a {kind} with place {mix.partners[place]}"
 
 
 def _collect(index: Index, plan: Plan, data: DataConfig, part: BatchPlan, notes: Sequence[str]) -> list[Sample]:

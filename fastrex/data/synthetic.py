@@ -15,7 +15,8 @@ from .plan import BatchPlan, crop_groups
 
 
 class SyntheticLoader:
-    """The interface of :class:`~fastrex.data.loader.TrainLoader` over one set of normal crops and uniform targets.
+    """The interface of :class:`~fastrex.data.loader.TrainLoader` over one set of normal crops and uniform targets,
+    one-hot where images would be mixed.
 
     Args:
         data, augment: the crop groups' numbers and sizes. classes: C. batch_size: images of the global batch.
@@ -53,6 +54,9 @@ class SyntheticLoader:
             for group in crop_groups(data, augment)
         )
         self._target = torch.randint(classes, (images,), generator=random).to(device)
+        if augment.mixes:
+            # What a step does with shares costs the same whatever they are; these crops have nothing to mix.
+            self._target = torch.nn.functional.one_hot(self._target, classes).float()
         self._samples = np.arange(rank * images, (rank + 1) * images, dtype=np.int64)
         self._images = torch.from_numpy(self._samples).to(device)
         self._steps, self._micros, self._steps_per_epoch = range(start, stop), micros, steps_per_epoch
