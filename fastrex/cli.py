@@ -315,7 +315,10 @@ def env() -> None:
 
 @cli.command("bench", context_settings={"ignore_unknown_options": True}, add_help_option=False)
 @click.argument(
-    "words", nargs=-1, type=click.UNPROCESSED, metavar="kernels|loader|step|run|probe|tradeoff|gpu|curve [OPTIONS]"
+    "words",
+    nargs=-1,
+    type=click.UNPROCESSED,
+    metavar="kernels|loader|step|run|probe|tradeoff|family|gpu|curve [OPTIONS]",
 )
 def bench(words: tuple[str, ...]) -> None:
     """Measure kernels and loader beside their rivals; fastrex bench --help lists what else."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import checkpoint, distributed, manifest, memory, preflight, rundir, schedule, trainer, untrusted
+from . import checkpoint, distributed, manifest, memory, objectives, preflight, rundir, schedule, trainer, untrusted
 from . import resume as resume_module
 from .config import Config
 from .data.dataset import Dataset, check_batch, open_dataset
@@ -135,7 +135,7 @@ def _data(report: Report, config: Config, world: World, stored: Path | None) -> 
     # Not as one of several ranks: one that finds an error here must not leave the others waiting.
     alone = dataclasses.replace(world, rank=0, size=1)
     with distributed.main_first(world), report.check():
-        data = open_dataset(config, alone, stored)
+        data = open_dataset(config, alone, stored, labelled=objectives.needs_labels(config))
     if data is None or any(f.level == ERROR for f in report.findings):
         return None
     images, epoch = int(data.class_counts.sum()), data.steps_per_epoch

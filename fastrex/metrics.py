@@ -23,7 +23,7 @@ from .errors import FastrexError, explain, one_line
 
 MAX_LINE = 1 << 16
 # Every other device value is logged as train/<name>.
-LOGGED = {"empty_classes": "bank/empty_classes", "age": "bank/age"}
+LOGGED = {"empty_classes": "bank/empty_classes", "age": "bank/age", "filled": "bank/filled"}
 
 
 class Meter:

@@ -12,6 +12,7 @@ from . import config as config_module
 from .config import Config
 from .data.dataset import open_dataset, open_index
 from .data.index import Index
+from .data.scan import refuse_one_class
 from .distributed import World
 from .errors import FastrexError, UsageError
 from .evaluate import evaluate
@@ -22,7 +23,7 @@ def evaluate_source(source: str | Path, settings: Sequence[str], device: str = "
     """Held-out accuracies of ``source``; see ``fastrex eval``.
 
     Raises:
-        FastrexError: no data, nothing held out, or an unreadable source.
+        FastrexError: no data, one class only, nothing held out, or an unreadable source.
     """
     path = Path(source)
     with distributed.world(device) as world:
@@ -48,6 +49,7 @@ def evaluate_source(source: str | Path, settings: Sequence[str], device: str = "
 
 def _held_out(config: Config, world: World) -> Index:
     index = open_index(config, world)
+    refuse_one_class(index.root, index.classes, "eval")
     if not len(index.rows("val", config.data.held_out)):
         raise FastrexError(
             f"eval: {config.data.path} must have held-out images, got none; add a val/ folder or set data.held_out=0.1"
@@ -69,7 +71,7 @@ def show_batch(
         raise UsageError(f"data show: --out must end in .html or .png, got {str(out)!r}")
     config = objectives.resolve(config)
     with distributed.world("cpu") as world:
-        data = open_dataset(config, world)
+        data = open_dataset(config, world, labelled=objectives.needs_labels(config))
     if data.index is None or data.plan is None:
         raise FastrexError("data show: synthetic data has nothing to show; pass --data FOLDER")
     if names:

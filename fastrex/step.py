@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import distributed, objectives
+from . import distributed, objectives, views
 from .config import Config
 from .data.dataset import DTYPES
 from .data.index import Index
@@ -51,13 +51,14 @@ class Method(nn.Module):
 
     def forward(
         self, crops: Sequence[Tensor], target: Tensor, context: objectives.Context
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """Mean loss over all rows (one global crop weighs as much as one local crop), tensors to log, and the features
-        [B, D] of the first crop for an objective that is fed with the model's own."""
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None, Tensor]:
+        """Mean loss over all rows (one global crop weighs as much as one local crop), tensors to log, the features
+        [B, D] of the first crop for an objective that is fed with the model's own, and whether all features are finite
+        (0-d bool): a loss need not show it, where rows without anything to compare them with have 0."""
         features = self.model(crops)
         loss, metrics = self.objective(features, target, context)
         own = features.detach()[: len(target)] if self.objective.feeds == "online" else None
-        return loss.mean(), metrics, own
+        return loss.mean(), metrics, own, torch.isfinite(features.detach()).all()
 
 
 class Trainer:
@@ -88,7 +89,8 @@ class Trainer:
         distributed.broadcast_([*shared, *self.method.buffers()], world)
         self.ema = make_ema(self.model) if self.objective.needs_ema else None
         # Crops per image and their sides, as the model sees them.
-        self.crops = _own_groups(config) if self.objective.separate_view else config.data.crops
+        self.crops = views.model_groups(config, self.objective)
+        self.notices += views.notices(config, self.objective)
         copies, ema_copies = self._attach_copies()
         if config.run.compile:
             for net in (self.model, self.ema):
@@ -156,18 +158,18 @@ class Trainer:
                 if self.objective.keys_first:
                     self._join_side()
                     context = objectives.Context(images, momentum_features[-1])
-            seen = _without_first(crops, len(target)) if self.objective.separate_view else crops
+            seen = views.without_first(crops, len(target)) if self.objective.separate_view else crops
             with self._reduce_gradients(number == len(micros)):
                 with self.autocast():
-                    loss, metrics, own = (self.parallel or self.method)(seen, target, context)
-                ok = ok & torch.isfinite(loss.detach())
+                    loss, metrics, own, finite = (self.parallel or self.method)(seen, target, context)
+                ok = ok & finite & torch.isfinite(loss.detach())
                 self.guard.scaled(loss / len(micros)).backward()  # type: ignore[no-untyped-call]
             if own is not None:
                 own_features.append(own)
             for name, value in {"loss": loss, **metrics}.items():
                 logged[name] = logged.get(name, 0.0) + value.detach() / len(micros)
         self._join_side()
-        for z in (*momentum_features, *own_features):
+        for z in momentum_features:
             ok = ok & torch.isfinite(z).all()
         inv_scale = self.guard.inv_scale  # of this step: judge() may change the scale for the next one
         norm = self.optimizer.grad_norm(inv_scale)
@@ -336,28 +338,6 @@ class Trainer:
     def _reduce_gradients(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """DDP averages the gradients once, in the backward of the last micro-batch."""
         return contextlib.nullcontext() if last or self.parallel is None else self.parallel.no_sync()
-
-
-def _own_groups(config: Config) -> tuple[tuple[int, int], ...]:
-    """The groups of crops (count, side) without the first global crop.
-
-    Raises:
-        FastrexError: nothing is left.
-    """
-    (count, side), *others = config.data.crops
-    groups = (*(((count - 1, side),) if count > 1 else ()), *others)
-    if not groups:
-        raise FastrexError(
-            f"train: objective.name={config.objective.name} must have a crop for the model beside that of the momentum "
-            f"encoder, got {config.data.crops_text}; set data.global_crops=2"
-        )
-    return groups
-
-
-def _without_first(crops: Sequence[Tensor], images: int) -> tuple[Tensor, ...]:
-    """The groups without the first global crop, which the momentum encoder alone sees."""
-    first, *others = crops
-    return (*((first[images:],) if len(first) > images else ()), *others)
 
 
 def _recorded(config: Config, device: torch.device, ranks: int, own_encoder: bool) -> tuple[bool, list[str]]:

@@ -71,21 +71,21 @@ def bad(words: Words) -> None:
 def loss(now: Now, value: float, words: Words) -> None:
     original = step_module.Method.forward
 
-    def forward(self: Any, crops: Sequence[Tensor], target: Tensor) -> Any:
-        found, metrics = original(self, crops, target)
-        return (found + value if now() else found), metrics
+    def forward(self: Any, *arguments: Any) -> Any:
+        found, *others = original(self, *arguments)
+        return (found + value if now() else found), *others
 
     step_module.Method.forward = forward  # type: ignore[method-assign]
 
 
 def features(now: Now, value: float, words: Words) -> None:
-    for kind in objectives.OBJECTIVES:
+    for kind in [kind for kind in objectives.OBJECTIVES if "forward" in vars(kind)]:
         original = kind.forward
 
-        def forward(self: Any, x: Tensor, target: Tensor, original: Any = original) -> Any:
+        def forward(self: Any, x: Tensor, *others: Any, original: Any = original) -> Any:
             if now():
                 x = x * torch.arange(len(x))[:, None].gt(0) if words["where"] == "row" else spoilt(x, value)
-            return original(self, x, target)
+            return original(self, x, *others)
 
         kind.forward = forward  # type: ignore[method-assign]
 
@@ -105,7 +105,7 @@ def image(now: Now, value: float, words: Words) -> None:
 
     def step(self: Any, micros: Any) -> Any:
         if now():
-            micros = [((spoilt(crops[0], value), *crops[1:]), target) for crops, target in micros]
+            micros = [((spoilt(crops[0], value), *crops[1:]), *others) for crops, *others in micros]
         return original(self, micros)
 
     step_module.Trainer._step = step  # type: ignore[method-assign]

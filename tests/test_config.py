@@ -21,7 +21,25 @@ PUBLISHED = {
 
 
 def test_recipes_that_exist() -> None:
-    assert c.recipes() == ["cifar10", "demo", "trex", "trex_plain_1", "trex_plain_3", "trex_star"]
+    assert c.recipes() == [
+        "cifar10",
+        "demo",
+        "finetune",
+        "look",
+        "mochi",
+        "moco",
+        "ncm",
+        "schane",
+        "sl_mlp",
+        "softmax",
+        "softmax_regularized",
+        "supcon",
+        "supcon_queue",
+        "trex",
+        "trex_plain_1",
+        "trex_plain_3",
+        "trex_star",
+    ]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -131,7 +149,8 @@ def test_unknown_recipe_and_own_recipe(tmp_path) -> None:
 
 def test_another_objective_brings_its_own_options() -> None:
     config = objectives.resolve(c.load("trex", ["objective.temperature=0.2", "objective.name=cosine_softmax"]))
-    assert dict(config.objective.options) == {"temperature": 0.2, "sharded": False}
+    wanted = {"temperature": 0.2, "sharded": False, "label_smoothing": 0.0, "margin": 0.0, "margin_kind": "cosface"}
+    assert dict(config.objective.options) == wanted
 
 
 def test_what_cannot_be_compiled_is_refused() -> None:

@@ -25,6 +25,9 @@ from fastrex.model.resnet import build_encoder
 from fastrex.neighbours import knn_scores, mean_scores
 from fastrex.step import Trainer
 from fastrex.transfer import features, probes
+from fastrex_kernels import contrastive_cross_entropy, nearest_keys
+from fastrex_kernels._op import Call
+from fastrex_kernels.contrastive_ce import cases as contrastive_cases
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU on this machine"),
@@ -69,7 +72,12 @@ def fresh(batch: Batch, step: int, random: torch.Generator, classes: int) -> Bat
         torch.randn(crop.shape, generator=random).to(crop.device).contiguous(memory_format=torch.channels_last)
         for crop in batch.crops
     )
-    target = torch.randint(classes, batch.target.shape, generator=random).to(batch.target.device)
+    target = torch.randint(classes, batch.target.shape[:1], generator=random)
+    if batch.target.is_floating_point():  # shares, as of images that are mixed in pairs
+        shares = torch.rand(len(target), 1, generator=random)
+        one_hot = torch.nn.functional.one_hot(target, classes).float()
+        target = shares * one_hot + (1 - shares) * one_hot.flip(0)
+    target = target.to(batch.target.device)
     return dataclasses.replace(batch, step=step, crops=crops, target=target)
 
 
@@ -200,6 +208,41 @@ def test_the_graph_computes_what_eager_steps_do(
             found[graph] = values, tensors(run)
     assert len(set(found["on"][0])) == CAPTURED + 5  # no replay shows an old batch or an old result
     assert found["on"][0] == pytest.approx(found["off"][0], rel=tolerance)
+    assert apart(found["on"][1], found["off"][1]) < 10 * tolerance
+
+
+TWO_CROPS = ("data.global_crops=2", "data.local_crops=0")
+METHODS = {
+    "softmax, mixed": ("softmax", ("augment.mixup=0.2", "augment.cutmix=1.0")),
+    "cosine, margin": ("cosine_softmax", ("objective.margin=0.2",)),
+    "frozen, decayed": ("class_means", ("model.frozen_stages=2", "optim.layer_decay=0.7", "optim.encoder_lr=0.5")),
+    "supcon": ("supcon", TWO_CROPS),
+    "moco": ("moco", (*TWO_CROPS, "objective.queue_size=64")),
+}
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 1e-2)])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_graph_of_every_kind_of_method_computes_what_eager_steps_do(
+    method: str, precision: str, tolerance: float
+) -> None:
+    objective, words = METHODS[method]
+    found: dict[str, tuple[list[float], dict[str, Tensor]]] = {}
+    for graph in ("off", "on"):
+        settings = (*words, f"optim.precision={precision}", f"run.cuda_graph={graph}")
+        with opened(*settings, objective=objective) as (run, make):
+            before = tensors(run)
+            values = losses(run, make, 0, CAPTURED + 5)
+            assert int(run.guard.diverged) == -1
+            if graph == "on":
+                captured(run)
+            after = tensors(run)
+            stem = "model.encoder.conv1.weight"
+            assert torch.equal(before[stem], after[stem]) == (method == "frozen, decayed")
+            found[graph] = values, after
+    assert len(set(found["on"][0])) == CAPTURED + 5
+    # MoCo's first loss is 0: its queue is empty.
+    assert found["on"][0] == pytest.approx(found["off"][0], rel=tolerance, abs=1e-6)
     assert apart(found["on"][1], found["off"][1]) < 10 * tolerance
 
 
@@ -459,3 +502,83 @@ def test_features_for_transfer_are_those_of_a_cpu_and_the_same_twice(stripes: Pa
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[1], found[2])
     assert float((found[0] - found[3]).norm() / found[3].norm()) < 0.05  # decoders differ by a level or two
+
+
+def contrastive(dtype: torch.dtype, rows: int = 512, keys: int = 8192, **more: Any) -> Call:
+    """Queries and keys of 128 features, of the queries' images as well; ``more``: sizes and options of the case."""
+    sizes = {"rows": rows, "keys": keys, "dim": 128, "classes": 100, "images": True, "reduction": "none", **more}
+    return contrastive_cases.make(sizes, dtype, DEVICE, 0)
+
+
+def loss_and_gradients(function: Callable[..., Any], call: Call, **more: Any) -> list[Tensor]:
+    words: dict[str, Any] = dict(call.tensors)
+    words |= {name: words[name].detach().clone().requires_grad_() for name in call.grads}
+    loss, _ = function(**words, **call.options, **more)
+    return [loss.detach(), *torch.autograd.grad(loss.sum(), [words[name] for name in call.grads])]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"hardness": 1.0, "margin": 0.3, "margin_kind": "arcface"}], ids=["plain", "all"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_contrastive_loss_is_as_exact_as_eager_and_the_same_twice(
+    dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    call = contrastive(dtype, **options)
+    exact = {n: t.double() if t.is_floating_point() else t for n, t in call.tensors.items()}
+    truth = loss_and_gradients(contrastive_cross_entropy, Call(exact, call.options, call.grads), impl="reference")
+    usual = loss_and_gradients(contrastive_cases.OP.eager, call)
+    ours = loss_and_gradients(contrastive_cross_entropy, call, impl="triton")
+    again = loss_and_gradients(contrastive_cross_entropy, call, impl="triton")
+    for mine, same, theirs, right in zip(ours, again, usual, truth, strict=True):
+        assert torch.equal(mine, same)
+        largest = right.abs().max()
+        error, allowed = ((value.double() - right).abs().max() / largest for value in (mine, theirs))
+        assert error <= 2 * allowed + 8 * torch.finfo(mine.dtype).eps
+
+
+def test_the_contrastive_loss_takes_a_tenth_of_eagers_memory() -> None:
+    if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
+        pytest.skip("eager's matrices want more than this GPU's memory")
+    call = contrastive(torch.float32, rows=4096, keys=65_536, images=False)
+    taken = {}
+    for impl, function in (("triton", contrastive_cross_entropy), ("eager", contrastive_cases.OP.eager)):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss_and_gradients(function, call, **({"impl": impl} if impl == "triton" else {}))
+        taken[impl] = torch.cuda.max_memory_allocated() - before
+    # Ours holds both gradients of the keys' size and the copies that this test differentiates.
+    assert taken["triton"] <= 0.1 * taken["eager"]
+
+
+def test_the_contrastive_operators_replay_in_a_graph() -> None:
+    call = contrastive(torch.bfloat16)
+    leaves = {name: call.tensors[name].clone().requires_grad_() for name in call.grads}
+    found = ("keys", "ids", "key_ids", "instance", "key_instance")
+
+    def compute() -> list[Tensor]:
+        words = {**call.tensors, **leaves}
+        loss, stats = contrastive_cross_entropy(**words, **call.options, impl="triton")
+        gradients = torch.autograd.grad(loss.sum(), [leaves[name] for name in call.grads])
+        nearest = nearest_keys(words["input"], k=20, **{name: words[name] for name in found}, impl="triton")
+        return [loss.detach(), *stats, *gradients, *nearest]
+
+    torch.cuda.set_sync_debug_mode("error")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(side):
+            compute()  # compiles the kernels
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = compute()
+    with torch.no_grad():
+        for leaf in leaves.values():
+            leaf.copy_(torch.randn(leaf.shape, device=DEVICE))
+    graph.replay()
+    for replayed, fresh_one in zip(held, compute(), strict=True):
+        assert torch.equal(replayed, fresh_one)

@@ -75,6 +75,7 @@ def test_kernels_is_never_a_package() -> None:
         ("errors", set()),
         ("schedule", set()),
         ("data/draws", {"numpy"}),
+        ("data/mixes", {"numpy"}),
         ("data/plan", {"numpy"}),
         ("data/scan", {"numpy"}),
         ("data/headers", {"numpy", "PIL"}),
@@ -127,7 +128,7 @@ def test_torch_free_files(name: str, allowed: set[str]) -> None:
     ours = {n for n in imported(path) if n.startswith("fastrex")}
     names = (
         *("draws", "scan", "headers", "lists", "tars", "shards", "sources", "columns", "places", "index", "reader"),
-        "codec",
+        *("codec", "mixes"),
     )
     data = {"fastrex.data", *(f"fastrex.data.{n}" for n in names)}
     leaves = {f"fastrex.{n}" for n in ("config", "sections", "settings", "errors", "files", "untrusted", "stored")}

@@ -45,7 +45,8 @@ def main(out: Path, dtype: str, steps: int, settings: list[str], nudge: float, r
                 if batch.last_micro:
                     values = trainer.step(batch.step, micros, plan.lr(batch.step + 1))
                     for name, means in (("loss", losses), ("class_change", changes)):
-                        means.append(float(distributed.sum_(values[name].clone(), world)) / world.size)
+                        if name in values:  # objectives of pairs have no class vectors
+                            means.append(float(distributed.sum_(values[name].clone(), world)) / world.size)
                     norms.append(float(values["grad_norm"]))
                     micros = []
         if run is not None:

@@ -306,7 +306,7 @@ def _check_meta(meta: dict[str, Any]) -> None:
 
 def _without_empty(place: str, index: Index, empty_classes: str) -> Index:
     """``index`` without the classes that have no readable training image; FastrexError where there is one and
-    ``empty_classes`` is "error", or where fewer than two classes are left."""
+    ``empty_classes`` is "error", or where none is left."""
     names = index.classes
     readable = (index.split == 0) & (index.status == Status.OK)
     if not readable.any():
@@ -317,9 +317,6 @@ def _without_empty(place: str, index: Index, empty_classes: str) -> Index:
     empty = [name for name, there in zip(names, filled, strict=True) if not there]
     if empty_classes == "error":
         _refuse_empty(place, empty)
-    if filled.sum() < 2:
-        fact = f"only {quoted([names[int(np.argmax(filled))]])} holds images, training needs two classes"
-        raise FastrexError(f"{place}: {fact}; {LAYOUT_HELP}")
     if not empty:
         return index
     kept = np.flatnonzero(filled[index.labels])

@@ -279,6 +279,17 @@ def quoted(names: Sequence[str]) -> str:
     return f"{'class' if len(names) == 1 else 'classes'} {shown}"
 
 
+def refuse_one_class(place: object, classes: Sequence[str], need: str, way_out: str = "") -> None:
+    """Refuse ``classes``, those of the images at ``place``, where there is only one and ``need`` takes two.
+
+    Raises:
+        FastrexError: ``way_out`` is what helps beside another layout.
+    """
+    if len(classes) < 2:
+        fact = f"only {quoted(classes)} holds images, {need} needs two classes"
+        raise FastrexError(f"{str(place)!r}: {fact}; {LAYOUT_HELP}{way_out}")
+
+
 def in_order(work: Callable[[Item], Result], items: Sequence[Item], threads: int) -> Generator[Result]:
     """``work(item)`` for every item in order, with up to ``threads`` (0 = four per core) of them under way.
 

@@ -8,17 +8,22 @@ from typing import TYPE_CHECKING, Any
 from ..config import OBJECTIVE, Config
 from ..errors import UsageError
 from ..settings import build, nearest
-from .base import Objective
+from .base import Context, Objective
 from .class_means import ClassMeans
 from .cosine_softmax import CosineSoftmax
+from .look import Look
+from .moco import Mochi, Moco
+from .ncm import Ncm
+from .schane import SCHaNe
 from .softmax import Softmax
+from .supcon import SupCon
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-OBJECTIVES: tuple[type[Objective], ...] = (CosineSoftmax, ClassMeans, Softmax)
+OBJECTIVES: tuple[type[Objective], ...] = (CosineSoftmax, ClassMeans, Softmax, SupCon, SCHaNe, Look, Moco, Mochi, Ncm)
 
-__all__ = ["OBJECTIVES", "Objective", "lookup", "make", "option_help", "resolve"]
+__all__ = ["OBJECTIVES", "Context", "Objective", "lookup", "make", "needs_labels", "option_help", "resolve"]
 
 
 def lookup(name: str) -> type[Objective]:
@@ -51,8 +56,23 @@ def option_help(config: Config) -> dict[str, str]:
     return {f.name: f.metadata["help"] for f in dataclasses.fields(lookup(config.objective.name).Options)}
 
 
+def needs_labels(config: Config) -> bool:
+    """Whether the objective learns from class ids."""
+    return lookup(config.objective.name).needs_labels
+
+
 def make(config: Config, in_features: int, num_classes: int, group: ProcessGroup | None = None) -> Objective:
     """Build the objective that the configuration names, on the CPU, seeded by ``run.seed``, for the ranks of
-    ``group``."""
+    ``group``.
+
+    Raises:
+        FastrexError: it cannot be as the configuration says.
+    """
     kind = lookup(config.objective.name)
-    return kind(in_features, num_classes, options_of(config), seed=config.run.seed, group=group)
+    made = kind(in_features, num_classes, options_of(config), seed=config.run.seed, group=group)
+    if config.augment.mixes and not made.soft_targets:
+        raise UsageError(
+            "train: augment.mixup and cutmix must go with an objective that takes mixed targets (softmax, "
+            f"cosine_softmax without margin and not sharded), got {config.objective.name}; set both to 0"
+        )
+    return made

@@ -43,6 +43,9 @@ class Objective(nn.Module, ABC):
             features of both meet in the loss, those of one and the same crop would agree by themselves.
         feeds: what :meth:`update_` takes: "momentum" features, the model's own of the first global crop ("online"), or
             nothing ("").
+        needs_labels: it learns from the class ids, of which there must be two or more. Of the class alone: the data are
+            opened before there is an instance.
+        pairs_in_batch: which crops meet depends on the batch, so on its micro-batches too.
         soft_targets: :meth:`forward` takes shares of the classes as well (mixup, CutMix).
         split: names of the parameters of which a rank holds and trains its own rows only. Their gradients come out of
             the backward as the averages over the ranks that all other gradients still have to become.
@@ -51,6 +54,8 @@ class Objective(nn.Module, ABC):
 
     name: ClassVar[str]
     Options: ClassVar[type[Any]]
+    needs_labels: ClassVar[bool] = True
+    pairs_in_batch: ClassVar[bool] = False
     # Of the class; an objective whose options decide sets them for itself, before anything asks.
     needs_ema: bool = False
     keys_first: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,9 +13,9 @@ from torch import Tensor
 
 from fastrex_kernels import CosineHead
 
-from ..errors import FastrexError
+from ..errors import FastrexError, UsageError
 from ..settings import setting
-from .base import Objective, hit_metrics
+from .base import Context, Objective, hit_metrics
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -28,6 +29,13 @@ class CosineSoftmaxOptions:
     sharded: bool = setting(
         False, "class weights split over the ranks (millions of classes): each rank holds and trains its block"
     )
+    label_smoothing: float = setting(0.0, "share of the target spread over all classes", low=0.0, high=1.0)
+    margin: float = setting(0.0, "margin of the target's logit in training (0 = none)", low=0.0)
+    margin_kind: str = setting(
+        "cosface",
+        "cosface: cosine - margin, which is below 2; arcface: cosine of the angle + margin, which is below pi",
+        choices=("cosface", "arcface"),
+    )
 
 
 class CosineSoftmax(Objective):
@@ -37,10 +45,12 @@ class CosineSoftmax(Objective):
     the weights, gradients and momentum of C / ranks classes; the loss and its gradients are those of all C. A
     checkpoint joins them on every rank's host, an evaluation on every rank's device: 4 C D bytes (and as many for the
     momentum in a checkpoint).
+
+    With a ``margin`` the target's cosine is made smaller in the loss alone: CosFace (Wang et al., CVPR 2018), ArcFace
+    (Deng et al., CVPR 2019). Accuracies and evaluation know nothing of it.
     """
 
     name: ClassVar[str] = "cosine_softmax"
-    needs_ema: ClassVar[bool] = False
     Options: ClassVar[type[Any]] = CosineSoftmaxOptions
 
     def __init__(
@@ -53,6 +63,8 @@ class CosineSoftmax(Objective):
         group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(in_features, num_classes, options, seed=seed, group=group)
+        check_margin(options)
+        self.soft_targets = not (options.margin or options.sharded)
         ranks = dist.get_world_size(group) if options.sharded and group is not None else 1
         if num_classes < ranks:
             raise FastrexError(
@@ -64,13 +76,18 @@ class CosineSoftmax(Objective):
             num_classes,
             temperature=options.temperature,
             reduction="none",
+            label_smoothing=options.label_smoothing,
+            margin=options.margin,
+            margin_kind=options.margin_kind,
             generator=torch.Generator().manual_seed(seed),
             process_group=group if ranks > 1 else None,
         )
         if ranks > 1:
             self.split, self.class_ranks = frozenset({"head.weight"}), ranks
 
-    def forward(self, features: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, features: Tensor, target: Tensor, context: Context | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         loss, stats = self.head(features, target, return_stats=True)
         return loss, hit_metrics(stats.rank)
 
@@ -112,3 +129,26 @@ class CosineSoftmax(Objective):
             f"{line}; an evaluation holds all of them on every rank's device ({size:.1f} MiB), a checkpoint all of "
             f"them and their momentum on every rank's host ({2 * size:.1f} MiB)"
         ]
+
+
+def check_margin(options: CosineSoftmaxOptions) -> None:
+    """Refuse a margin that is out of range, or beside what it does not go with.
+
+    Raises:
+        UsageError: with the setting to change.
+    """
+    most = {"cosface": 2.0, "arcface": math.pi}[options.margin_kind]
+    if options.margin >= most:
+        raise UsageError(
+            f"config: objective.margin must be below {most:.4g} for {options.margin_kind}, got {options.margin:g}; "
+            "from memory, usual are 0.35 for cosface and 0.5 for arcface"
+        )
+    for word, given, off in (
+        ("sharded", options.sharded, "false"),
+        ("label_smoothing", options.label_smoothing > 0, "0"),
+    ):
+        if options.margin and given:
+            raise UsageError(
+                f"config: objective.margin must be 0 with objective.{word}, got {options.margin:g}; set "
+                f"objective.{word}={off} or objective.margin=0"
+            )

@@ -17,7 +17,7 @@ import numpy as np
 from ..data import index as stored
 from ..data.headers import probe
 from ..data.index import Index, Progress, Status, cache_dir
-from ..data.scan import ClassFolder, Layout, Listing, list_images, quoted, subfolders
+from ..data.scan import ClassFolder, Layout, Listing, list_images, quoted, refuse_one_class, subfolders
 from ..data.sources import find_source
 from ..errors import FastrexError
 
@@ -58,6 +58,7 @@ def of_listing(
         index = None
     if index is None or index.stamp != stamp or _repaired(index, listed, threads):
         index = stored.from_listing(listed, stamp, threads=threads, progress=progress, empty_classes=empty_classes)
+        refuse_one_class(listed.root, index.classes, "transfer")
         if not len(index.rows("val", 0.0)):
             raise FastrexError(f"transfer: {str(listed.root)!r} must have readable test images, got none; get it again")
         stored.save(index, path)
@@ -69,11 +70,12 @@ def own(name: str, place: Path, *, threads: int = 0, progress: Progress | None =
     protocol's split: the first two to learn from, the third to test on.
 
     Raises:
-        FastrexError: it is none of them, or has nothing to test on.
+        FastrexError: it is none of them, has one class only, or nothing to test on.
     """
     if (listed := _with_test(place)) is not None:
         return of_listing(name, place, listed, threads=threads, progress=progress, empty_classes="error")
     index = stored.open_or_build(place, threads=threads, progress=progress)
+    refuse_one_class(place, index.classes, "transfer")
     if index.layout != "single":
         if not len(index.rows("val", 0.0)):
             raise FastrexError(f"transfer: {str(place)!r} must have readable test images, got none; add some")
