@@ -16,6 +16,7 @@ from fastrex.cli_options import PLACE, SOURCE
 
 from . import curve as curve_module
 from . import files
+from .family import command as family_command
 from .gpu_jobs import PARTS
 from .gpu_jobs import Settings as GpuSettings
 from .probe import command as probe_command
@@ -45,6 +46,7 @@ def main() -> None:
     fastrex bench run --data PATH --json run.json
     fastrex bench probe --set pets --json probe.json
     fastrex bench tradeoff --data ARCHIVES --out WORK
+    fastrex bench family --data ARCHIVES --out WORK
     fastrex bench curve RUN --name NAME
     fastrex bench gpu --out DIR
     python -m benchmarks reliability FILE
@@ -454,6 +456,7 @@ def gpu(
 
 main.add_command(probe_command, "probe")
 main.add_command(tradeoff_command, "tradeoff")
+main.add_command(family_command, "family")
 
 
 if __name__ == "__main__":

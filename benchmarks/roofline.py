@@ -22,6 +22,7 @@ from fastrex.config import Config
 from fastrex.errors import FastrexError
 from fastrex.model.resnet import ARCHS
 
+OBJECTIVES = ("class_means", "cosine_softmax")  # whose head is known here, and in the steps to compare with
 LEVELS = ("L0", "L1", "L2", "L3")
 EMA, HEAD, BACKWARD, OPTIMISER = "EMA", "head", "backward", "optimiser"
 FP32 = 4  # bytes
@@ -163,7 +164,16 @@ def network(config: Config, side: int) -> Network:
 
 
 def step(config: Config, classes: int, batch: int, itemsize: int, level: int) -> Step:
-    """The kernels of a step on ``batch`` images, with activations of ``itemsize`` bytes and what ``level`` fuses."""
+    """The kernels of a step on ``batch`` images, with activations of ``itemsize`` bytes and what ``level`` fuses.
+
+    Raises:
+        FastrexError: an encoder or an objective whose kernels are not known here.
+    """
+    if config.objective.name not in OBJECTIVES:
+        raise FastrexError(
+            f"roofline: objective.name must be {' or '.join(OBJECTIVES)}, got {config.objective.name}; choose another "
+            "configuration"
+        )
     data = config.data
     # Neighbouring groups of one size share a pass.
     passes = [(side, sum(n for n, _ in group)) for side, group in groupby(data.crops, key=lambda c: c[1])]

@@ -147,10 +147,17 @@ def check(settings: Settings) -> Config:
         FastrexError: it cannot be, or not on so many ranks.
     """
     config = settings.config()
-    if config.objective.name == "softmax" or not config.projector.enabled:
+    if config.objective.name not in roofline.OBJECTIVES or not config.projector.enabled:
         raise FastrexError(
-            "bench step: its rivals must have a projector and a cosine objective, got objective.name="
-            f"{config.objective.name}, projector.enabled={config.projector.enabled}; choose another configuration"
+            f"bench step: its rivals must have a projector and objective {' or '.join(roofline.OBJECTIVES)}, got "
+            f"objective.name={config.objective.name}, projector.enabled={config.projector.enabled}; choose another "
+            "configuration"
+        )
+    if not config.projector.batch_norm or config.projector.activation != "gelu":
+        raise FastrexError(
+            "bench step: its rivals must have a projector of BatchNorm and GELU, got projector.batch_norm="
+            f"{config.projector.batch_norm}, projector.activation={config.projector.activation}; choose another "
+            "configuration"
         )
     if settings.batch % settings.ranks or settings.batch // settings.ranks < 2:
         raise FastrexError(

@@ -19,7 +19,7 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastrex import objectives
+from fastrex import objectives, views
 from fastrex.config import Config
 from fastrex.step import Trainer
 
@@ -35,8 +35,10 @@ NO_KERNELS = ("Memcpy", "Memset")
 
 def names(config: Config) -> list[str]:
     """The parts of a step on a batch that is there, in the order in which they are shown."""
-    sides = [side for _, side in config.data.crops]
-    follows = [EMA] if objectives.lookup(config.objective.name).needs_ema else []
+    # Its options decide, so an instance is asked; how wide it is does not matter.
+    objective = objectives.make(config, in_features=1, num_classes=2)
+    sides = [side for _, side in views.model_groups(config, objective)]
+    follows = [EMA] if objective.needs_ema else []
     return [*dict.fromkeys(map(forward_part, sides)), *follows, HEAD, BACKWARD, OPTIMISER]
 
 

@@ -18,7 +18,7 @@ import torch
 from click.testing import CliRunner
 from conftest import ROOT, environment
 
-from benchmarks import processes, run, step, step_batch, step_parts, step_report
+from benchmarks import processes, roofline, run, step, step_batch, step_parts, step_report
 from benchmarks.__main__ import main
 from benchmarks.rivals import Absent, eager_step
 from benchmarks.rivals.eager_step import NAMES, EagerStep
@@ -421,6 +421,29 @@ def test_first_weights_are_those_of_a_run(tmp_path: Path) -> None:
     saved, mine = safetensors.torch.load_file(path), state_of(ours(resolved()))
     assert saved.keys() == mine.keys()
     assert all(torch.equal(saved[name], mine[name]) for name in saved)
+
+
+@pytest.mark.parametrize("name", ["softmax", "ncm", "supcon", "schane", "look", "moco", "mochi"])
+def test_objectives_without_a_rival_are_refused(name: str) -> None:
+    words = (*SMALL, f"objective.name={name}")
+    with pytest.raises(FastrexError, match=f"objective class_means or cosine_softmax, got objective.name={name}"):
+        step.check(step.Settings(words=words, batch=8, ranks=1))
+    with pytest.raises(FastrexError, match=f"must be class_means or cosine_softmax, got {name}"):
+        roofline.step(config_module.load("demo", list(words)), 4, 8, 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "forwards", "follows"),
+    [
+        (("objective.name=supcon", "objective.queue_size=9"), ["forward 16"], True),
+        (("objective.name=supcon",), ["forward 32", "forward 16"], False),
+        (("objective.name=moco", "data.global_crops=2"), ["forward 32", "forward 16"], True),
+        (("objective.name=class_means",), ["forward 32", "forward 16"], True),
+    ],
+)
+def test_parts_are_those_that_the_options_make(words: tuple[str, ...], forwards: list[str], follows: bool) -> None:
+    wanted = [*forwards, *(["EMA"] if follows else []), "head", "backward", "optimiser"]
+    assert step_parts.names(config_module.load("trex", [*SMALL, *words])) == wanted
 
 
 def test_ranks_must_share_the_batch() -> None:

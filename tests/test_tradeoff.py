@@ -18,7 +18,8 @@ import pytest
 from conftest import ROOT, environment
 from PIL import Image
 
-from benchmarks import tradeoff, tradeoff_data, tradeoff_report
+from benchmarks import experiment_data, experiment_report, experiment_run, tradeoff
+from benchmarks.experiment import SIZES
 from fastrex.errors import FastrexError
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -33,9 +34,12 @@ def picture(seed: int, size: int, kind: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_archives(tmp_path_factory.mktemp("archives"))
+
+
+def write_archives(folder: Path) -> Path:
     """The two archives, small: ten classes of 32 and 4 images, three characters of two alphabets."""
-    folder = tmp_path_factory.mktemp("archives")
-    with tarfile.open(folder / tradeoff_data.CIFAR, "w:xz") as tar:
+    with tarfile.open(folder / experiment_data.CIFAR, "w:xz") as tar:
         for number, (split, count) in enumerate((("train", 32), ("test", 4))):
             for label, name in enumerate(CLASSES):
                 for i in range(count):
@@ -43,7 +47,7 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     entry = tarfile.TarInfo(f"{split}/{name}/{i:04d}.jpg")
                     entry.size = len(data)
                     tar.addfile(entry, io.BytesIO(data))
-    with zipfile.ZipFile(folder / tradeoff_data.OMNIGLOT, "w") as held:
+    with zipfile.ZipFile(folder / experiment_data.OMNIGLOT, "w") as held:
         for character in ("Greek/character01", "Greek/character02", "Korean/character01"):
             for i in range(20):
                 name = f"images_background_small1/{character}/0001_{i + 1:02d}.png"
@@ -52,8 +56,8 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_folders(archives: Path, tmp_path: Path) -> None:
-    folders = tradeoff_data.prepare(archives, tmp_path, 8, 5)
-    assert sorted(folders) == sorted(["images", *tradeoff_data.SETS])
+    folders = experiment_data.prepare(archives, tmp_path, 8, 5)
+    assert sorted(folders) == sorted(["images", *experiment_data.SETS])
     for name, classes, count in (("images", CLASSES[:6], 8), ("train", CLASSES[:6], 5), ("cifar4", CLASSES[6:], 5)):
         assert sorted(p.name for p in (folders[name] / "train").iterdir()) == list(classes)
         for kind in classes:
@@ -65,11 +69,11 @@ def test_the_folders(archives: Path, tmp_path: Path) -> None:
         assert all(len(list(p.iterdir())) == count for p in (folders["omniglot"] / split).iterdir())
     drawings = [{p.name for p in (folders["omniglot"] / s / characters[0]).iterdir()} for s in ("train", "test")]
     assert not drawings[0] & drawings[1]
-    assert tradeoff_data.prepare(archives, tmp_path, 8, 5) == folders
+    assert experiment_data.prepare(archives, tmp_path, 8, 5) == folders
     with pytest.raises(FastrexError, match="32 training images, got 33 asked for"):
-        tradeoff_data.prepare(archives, tmp_path, 33, 5)
+        experiment_data.prepare(archives, tmp_path, 33, 5)
     with pytest.raises(FastrexError, match="without cifar10-jpeg"):
-        tradeoff_data.prepare(tmp_path / "none", tmp_path, 8, 5)
+        experiment_data.prepare(tmp_path / "none", tmp_path, 8, 5)
 
 
 def run(arm: str, seed: int, task: float, odds: tuple[float, float, float]) -> dict[str, Any]:
@@ -77,9 +81,9 @@ def run(arm: str, seed: int, task: float, odds: tuple[float, float, float]) -> d
         return {probe: {"mean": mean, "low": mean, "high": mean, "log_odds": value} for probe in ("logistic", "knn")}
 
     sets = {"train": cell(task, 9.0)} | {
-        name: cell(0.5, value) for name, value in zip(tradeoff_report.TRANSFER, odds, strict=True)
+        name: cell(0.5, value) for name, value in zip(experiment_report.TRANSFER, odds, strict=True)
     }
-    return {"arm": arm, "seed": seed, "steps": 1, "train_loss": 1.0, "sets": sets}
+    return {"arm": arm, "seed": seed, "steps": 1, "commits": ["abc"], "train_loss": 1.0, "sets": sets}
 
 
 def test_the_words_claim_what_the_intervals_do() -> None:
@@ -88,7 +92,7 @@ def test_the_words_claim_what_the_intervals_do() -> None:
     runs += [
         run("mc", s, 0.60 + s / 100 + (s - 1) / 1000, (o, 0.1 + o, 0.2 + o)) for s, o in enumerate((1.2, -0.9, 0.0))
     ]
-    found = tradeoff_report.content(runs, {"base": "Base", "mc": "+ multi-crop"}, {"seeds": 3}, "command")
+    found = experiment_report.content(tradeoff.TRADEOFF, runs, {"seeds": 3, "epochs": 5}, "command")
     (step,) = found["steps"]
     assert (step["task"]["up"], step["transfer"]["up"]) == (3, 1)
     assert step["task"]["mean"] == pytest.approx(0.10)
@@ -97,16 +101,18 @@ def test_the_words_claim_what_the_intervals_do() -> None:
     (line,) = found["conclusion"]
     assert "raises accuracy on the task (+10.00 ± 0.25 points, up in 3 of 3 seeds)" in line
     assert "does not clearly move transfer (+0.10 ± 2.62 log-odds, up in 1 of 3 seeds)" in line
-    assert "| Base | 51.0 ± 1.0 | 50.0 ± 0.0 | 50.0 ± 0.0 | 50.0 ± 0.0 | 0.100 ± 0.000 |" in tradeoff_report.table(
-        found
+    assert (
+        "| Base: cross-entropy, one crop | 51.0 ± 1.0 | 50.0 ± 0.0 | 50.0 ± 0.0 | 50.0 ± 0.0 | 0.100 ± 0.000 |"
+        in experiment_report.table(found)
     )
 
 
 def test_one_seed_is_no_evidence() -> None:
     runs = [run("base", 0, 0.5, (0.0, 0.1, 0.2)), run("mc", 0, 0.6, (1.0, 1.1, 1.2))]
-    found = tradeoff_report.content(runs, {"base": "Base", "mc": "+ multi-crop"}, {"seeds": 1}, "command")
+    found = experiment_report.content(tradeoff.TRADEOFF, runs, {"seeds": 1, "epochs": 5}, "command")
     assert found["steps"][0]["task"]["half"] is None
     assert "accuracy on the task +10.00 points with one seed, which says nothing sure" in found["conclusion"][0]
+    assert not any("interval" in note for note in found["notes"])
 
 
 def test_a_failure_begins_nothing_more() -> None:
@@ -119,21 +125,21 @@ def test_a_failure_begins_nothing_more() -> None:
             raise FastrexError("the second")
 
     with pytest.raises(FastrexError, match="the second"):
-        tradeoff._side_by_side([partial(work, number) for number in range(50)], 1)
+        experiment_run.side_by_side([partial(work, number) for number in range(50)], 1)
     assert begun[:2] == [0, 1]
     assert len(begun) < 50
 
 
 def test_another_size_is_another_run(tmp_path: Path) -> None:
-    laptop, gpu = tradeoff.SIZES["laptop"], tradeoff.SIZES["gpu"]
-    places = {tradeoff.Work({}, tmp_path, size, tradeoff.ARMS[0], 0, "cpu").run for size in (laptop, gpu)}
-    places.add(tradeoff.Work({}, tmp_path, replace(laptop, epochs=9), tradeoff.ARMS[0], 0, "cpu").run)
+    laptop, gpu = SIZES["laptop"], SIZES["gpu"]
+    work = experiment_run.Work(tradeoff.TRADEOFF, {}, tmp_path, laptop, tradeoff.ARMS[0], 0, "cpu")
+    places = {replace(work, size=size).run for size in (laptop, gpu, replace(laptop, epochs=9))}
     assert len(places) == 3
 
 
 def test_every_step_compares_arms_that_there_are() -> None:
     names = {arm.name for arm in tradeoff.ARMS}
-    assert {name for _, new, old in tradeoff_report.STEPS for name in (new, old)} == names
+    assert {name for _, new, old in tradeoff.STEPS for name in (new, old)} == names
 
 
 def test_a_real_run(archives: Path, tmp_path: Path) -> None:
@@ -150,7 +156,7 @@ def test_a_real_run(archives: Path, tmp_path: Path) -> None:
     assert go().count(": trained in") == 2
     found = json.loads((tmp_path / "found.json").read_text())
     assert [run["arm"] for run in found["runs"]] == ["base", "ocm1"]
-    assert all(set(run["sets"]) == set(tradeoff_data.SETS) for run in found["runs"])
+    assert all(set(run["sets"]) == set(experiment_data.SETS) for run in found["runs"])
     assert 0.9 > found["arms"]["base"]["digits/logistic"]["mean"] > 0.15
     assert (tmp_path / "found.md").read_text().count("\n| ") == 3  # the heads, and a line for each arm
     assert (tmp_path / "found.png").stat().st_size > 5000

@@ -1,4 +1,4 @@
-"""What the trade-off experiment found: a table, a scatter, and sentences that the numbers themselves decide."""
+"""What an experiment found: a table, a scatter, and sentences that the numbers themselves decide."""
 
 from __future__ import annotations
 
@@ -9,55 +9,72 @@ from pathlib import Path
 from typing import Any
 
 from . import machine
+from .experiment import Experiment
+from .experiment_data import NOVEL, SETS, TASK
 from .files import write_json
-from .tradeoff_data import NOVEL, SETS, TASK
 
 TRANSFER = tuple(name for name in SETS if name != TASK)
 TITLES = {TASK: "6 classes (task)", NOVEL: "4 new classes", "omniglot": "Omniglot", "digits": "digits"}
 # Two-sided 95 % of Student's t, by degrees of freedom: with three seeds a difference has to be large to be one.
 STUDENT = (0.0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-# Pairs (with, without) in the order of the method; the same seeds on both sides.
-STEPS = (
-    ("a quarter of the learning rate", "base-slow", "base"),
-    ("four times the learning rate", "base-fast", "base"),
-    ("multi-crop", "mc", "base"),
-    ("cosine softmax", "cos", "mc"),
-    *((f"projector of {depth} hidden layers", f"pr{depth}", "cos") for depth in range(4)),
-    ("3 instead of 0 hidden layers", "pr3", "pr0"),
-    ("OCM behind 1 hidden layer", "ocm1", "pr1"),
-    ("OCM behind 3 hidden layers", "ocm3", "pr3"),
-    ("all of it with 1 hidden layer", "ocm1", "base"),
-    ("all of it with 3 hidden layers", "ocm3", "base"),
-)
-NOTES = (
-    "All arms see the same images for the same number of steps, with the same learning rate and schedule; a step with "
-    "multi-crop computes about twice as much as one without, and OCM adds a momentum encoder.",
-    "±: 95 % interval of Student's t over the seeds' differences, each on its own: of twenty such intervals one is "
-    "expected to leave out 0 by chance.",
+# What every experiment's reader must know.
+AXES = (
     "The task is a probe fitted to images of the classes that the encoder was trained on, tested on others; transfer "
-    f"is the mean log-odds of {len(TRANSFER)} sets.",
+    f"is the mean log-odds of {len(TRANSFER)} sets."
 )
 
 
 def content(
-    runs: Sequence[Mapping[str, Any]], titles: Mapping[str, str], settings: Mapping[str, Any], command: str
+    experiment: Experiment, runs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], command: str
 ) -> dict[str, Any]:
-    """Everything that the files show: runs, means and deviations per arm, differences with their intervals."""
+    """Everything that the files show: runs, means and deviations per arm, differences with their intervals.
+
+    ``settings`` has at least the ``epochs`` of an arm of one stage.
+    """
+    there = {run["arm"] for run in runs}
     arms = {
-        name: {"title": title, **_summary([run for run in runs if run["arm"] == name])}
-        for name, title in titles.items()
+        arm.name: {"title": arm.title, **_summary([run for run in runs if run["arm"] == arm.name])}
+        for arm in experiment.arms
+        if arm.name in there
     }
     steps = [
         {"step": words, "with": new, "without": old, **_difference(runs, new, old)}
-        for words, new, old in STEPS
-        if new in titles and old in titles
+        for words, new, old in experiment.steps
+        if {new, old} <= there
     ]
+    stages = {
+        arm.name: list(experiment.epochs(arm, settings["epochs"]))
+        for arm in experiment.arms
+        if arm.name in there and arm.start
+    }
+    commits = sorted({commit for run in runs for commit in run["commits"]})
     versions = machine.facts("cpu", "pooled")
-    return {"command": command, "settings": dict(settings), "versions": versions, "arms": arms, "steps": steps} | {
+    return {"command": command, "settings": dict(settings), "versions": versions, "commits": commits} | {
+        "arms": arms,
+        "steps": steps,
+        "stages": stages,
         "conclusion": [sentence(step) for step in steps],
-        "notes": list(NOTES),
+        "notes": [*experiment.notes, *_notes(experiment, steps, stages, commits), AXES],
         "runs": list(runs),
     }
+
+
+def _notes(
+    experiment: Experiment, steps: Sequence[Mapping[str, Any]], stages: Mapping[str, Sequence[int]], commits: list[str]
+) -> list[str]:
+    """What a reader must know that hangs on what was run."""
+    notes = [
+        f"{name}: {before} of the {before + after} epochs are those of {experiment.arm(name).start}, {after} its own."
+        for name, (before, after) in stages.items()
+    ]
+    if intervals := sum(step[axis]["half"] is not None for step in steps for axis in ("task", "transfer")):
+        notes.append(
+            "±: 95 % interval of Student's t over the seeds' differences, each on its own: if nothing made a "
+            f"difference, {0.05 * intervals:.2g} of the {intervals} intervals would still be expected to leave out 0."
+        )
+    if len(commits) > 1:
+        notes.append(f"The trainings are of {len(commits)} commits: {', '.join(commits)}.")
+    return notes
 
 
 def _axes(run: Mapping[str, Any]) -> dict[str, float]:
@@ -130,37 +147,37 @@ def table(content: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", *found, "", *(f"* {line}" for line in content["notes"])])
 
 
-def write(content: Mapping[str, Any], path: Path) -> None:
+def write(experiment: Experiment, content: Mapping[str, Any], path: Path) -> None:
     """``path`` (JSON), and beside it the table (.md) and the scatter (.png)."""
     write_json(path, content)
-    title = f"# Training task against transfer\n\n```bash\n{content['command']}\n```\n\n"
+    title = f"# {experiment.title}\n\n```bash\n{content['command']}\n```\n\n"
     path.with_suffix(".md").write_text(f"{title}{table(content)}\n", encoding="utf-8")
-    _scatter(content, path.with_suffix(".png"))
+    _scatter(experiment, content, path.with_suffix(".png"))
 
 
-def _scatter(content: Mapping[str, Any], target: Path) -> None:
+def _scatter(experiment: Experiment, content: Mapping[str, Any], target: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise SystemExit("tradeoff: the picture needs matplotlib; pip install 'fastrex[plots]'") from None
+        raise SystemExit(f"{experiment.name}: the picture needs matplotlib; pip install 'fastrex[plots]'") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 4.6), layout="constrained")
-    colours = {"base": "#6e7781", "mc": "#efb118", "cos": "#a463f2", "pr": "#4269d0", "ocm": "#3ca951"}
     for name, arm in content["arms"].items():
-        colour = colours[name.partition("-")[0].rstrip("0123456789")]
+        colour = experiment.arm(name).colour
         x, y = arm["task"], arm["transfer"]
         axis.errorbar(
             100 * x["mean"], y["mean"], xerr=100 * x["std"], yerr=y["std"], fmt="o", color=colour, capsize=3, alpha=0.9
         )
         axis.annotate(name, (100 * x["mean"], y["mean"]), xytext=(6, 5), textcoords="offset points", color=colour)
-    projectors = [content["arms"][name] for name in content["arms"] if name.startswith("pr")]
-    axis.plot(
-        [100 * arm["task"]["mean"] for arm in projectors],
-        [arm["transfer"]["mean"] for arm in projectors],
-        color=colours["pr"], alpha=0.35,
-    )  # fmt: skip
+    if line := [content["arms"][name] for name in experiment.joined if name in content["arms"]]:
+        axis.plot(
+            [100 * arm["task"]["mean"] for arm in line],
+            [arm["transfer"]["mean"] for arm in line],
+            color=experiment.arm(experiment.joined[0]).colour,
+            alpha=0.35,
+        )
     axis.set(xlabel="accuracy on the training task (linear probe, %)", ylabel="mean transfer log-odds")
     axis.set_title(f"mean and deviation of {content['settings']['seeds']} seeds", fontsize=10)
     axis.grid(alpha=0.25)

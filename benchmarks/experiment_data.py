@@ -1,4 +1,4 @@
-"""The images of the trade-off experiment, as folders: CIFAR-10 in two parts by class, Omniglot, and handwritten digits.
+"""The images of the experiments, as folders: CIFAR-10 in two parts by class, Omniglot, and handwritten digits.
 
 The encoders train on the first six classes of CIFAR-10 by name. They transfer to the other four, to characters that
 they have never seen anything like, and to digits.
@@ -17,7 +17,7 @@ import numpy as np
 from fastrex.data.demo import write_digits
 from fastrex.errors import FastrexError
 
-CIFAR, OMNIGLOT = "cifar10-jpeg.tar.xz", "omniglot-small1.zip"
+ARCHIVES = CIFAR, OMNIGLOT = "cifar10-jpeg.tar.xz", "omniglot-small1.zip"
 # A set of this name is what `fastrex report` takes for the training task.
 TASK, NOVEL = "train", "cifar4"
 TASK_CLASSES = 6
@@ -36,9 +36,9 @@ def prepare(data: Path, work: Path, per_class: int, probe_per_class: int) -> dic
         ``images``: what encoders train on, and the transfer sets by name. A probe of the task has images of the very
         classes that the encoder was trained on; its test images were seen by neither.
     """
-    for name in (CIFAR, OMNIGLOT):
+    for name in ARCHIVES:
         if not (data / name).is_file():
-            raise FastrexError(f"tradeoff: --data must hold {CIFAR} and {OMNIGLOT}, got {data} without {name}")
+            raise FastrexError(f"benchmarks: --data must hold {CIFAR} and {OMNIGLOT}, got {data} without {name}")
     source = _once(work / "cifar10", lambda place: _unpack(data / CIFAR, place))
     classes = sorted(folder.name for folder in (source / "train").iterdir())
     task, novel = classes[:TASK_CLASSES], classes[TASK_CLASSES:]
@@ -79,7 +79,7 @@ def _select(source: Path, place: Path, classes: list[str], per_class: int) -> No
             (place / split / name).mkdir(parents=True)
             images = sorted((source / split / name).iterdir())
             if count is not None and count > len(images):
-                raise FastrexError(f"tradeoff: a class has {len(images)} training images, got {count} asked for")
+                raise FastrexError(f"benchmarks: a class has {len(images)} training images, got {count} asked for")
             for image in images[:count]:
                 (place / split / name / image.name).hardlink_to(image)
 
