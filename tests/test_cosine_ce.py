@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import environment
+from torch.autograd import forward_ad
 
 from fastrex_kernels import Stats, _cpp, cosine_cross_entropy
 from fastrex_kernels.cosine_ce import cases
@@ -480,3 +481,18 @@ def test_every_case_says_why() -> None:
     names = [case.name for case in cases.CASES]
     assert len(set(names)) == len(names)
     assert all(case.why for case in cases.CASES)
+
+
+@built
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_forward_mode_is_refused_not_answered_with_zero() -> None:
+    x, w, y = data(dtype=torch.float32)
+    refused = pytest.raises(RuntimeError, match="no forward-mode derivatives; use impl='reference'")
+    with refused:
+        torch.func.jvp(lambda a: cosine_cross_entropy(a, w, y, impl="cpp"), (x,), (x,))
+    with forward_ad.dual_level(), refused:
+        cosine_cross_entropy(x, forward_ad.make_dual(w, w), y, impl="cpp")
+    one = torch.ones_like(x)
+    _, tangent = torch.func.jvp(lambda a: cosine_cross_entropy(a, w, y, impl="reference"), (x,), (one,))
+    gradient = torch.func.grad(lambda a: cosine_cross_entropy(a, w, y, impl="cpp"))(x)
+    torch.testing.assert_close(tangent, gradient.sum(), rtol=1e-4, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Gradients that kernels give once: a second derivative of them is refused, not wrong."""
+"""Derivatives that kernels do not have, the second ones and those of forward mode, are refused, not wrong."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 
 class _Once(torch.autograd.Function):
@@ -29,3 +30,14 @@ def once(gradient: Tensor, loss: Tensor, refusal: str) -> Tensor:
     apply: Any = _Once.apply
     tied: Tensor = apply(gradient, loss, refusal)
     return tied
+
+
+def refuse_tangents(refusal: str, *tensors: Tensor | None) -> None:
+    """Raise RuntimeError(``refusal``) where forward-mode differentiation has given one of ``tensors`` a tangent: it
+    would come out as 0."""
+    if not torch.compiler.is_compiling() and any(t is not None and _has_tangent(t) for t in tensors):
+        raise RuntimeError(refusal)
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]

@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
-from .._once import once
+from .._once import once, refuse_tangents
 from .._op import raw
 from . import listed
 from .reference import LINEAR
@@ -42,16 +41,11 @@ class Options(NamedTuple):
 def rows_loss(options: Options, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss float32 [N], positives [N], negatives [N], hit [N]) of ``input, keys, ids, key_ids, instance, key_instance,
     first, second, share`` (the last three: mixtures, or None)."""
-    if not torch.compiler.is_compiling() and any(_has_tangent(t) for t in tensors[:2]):
-        raise RuntimeError(ONCE.format("forward-mode derivatives"))
+    refuse_tangents(ONCE.format("forward-mode derivatives"), *tensors[:2])
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:2])
     differentiable: Any = _Contrastive.apply
     loss, stats, counts, *_ = differentiable(options, *_apart(tensors)) if needed else _forward(options, *tensors)
     return loss, counts[0], counts[1], stats[4] > stats[5]
-
-
-def _has_tangent(tensor: Tensor | None) -> bool:
-    return tensor is not None and unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def _apart(tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:

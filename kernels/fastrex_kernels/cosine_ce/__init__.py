@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._once import once
+from .._once import once, refuse_tangents
 from .._op import choose, compute_dtype, define, raw, readable
 from .reference import cosine_cross_entropy_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "mean", "sum")
-ONCE = "cosine_cross_entropy: the kernels have no second derivatives; use impl='reference' to differentiate twice"
+ONCE = "cosine_cross_entropy: the kernels have no {}; use impl='reference' to differentiate twice or in forward mode"
 # The gradient of the classes is made by the forward, beside that of the features, unless it is larger than this: then
 # the backward makes it, so that many classes never have both their gradient and a scaled copy of it. In C++ that costs
 # one more product of matrices; in Triton, which computes the logits again in either case, a launch.
@@ -93,6 +93,9 @@ def cosine_cross_entropy(
             input, weight, target, temperature, class_weight, ignore_index, label_smoothing, reduction
         )
         return (loss, Stats(lse, rank)) if return_stats else loss
+    refuse_tangents(
+        ONCE.format("forward-mode derivatives"), input, weight, temperature if isinstance(temperature, Tensor) else None
+    )
     tensor, value = (temperature, 1.0) if isinstance(temperature, Tensor) else (None, float(temperature))
     grad = torch.is_grad_enabled()
     along = grad and (input.requires_grad or (tensor is not None and tensor.requires_grad))
@@ -173,7 +176,8 @@ class _CosineCE(torch.autograd.Function):
                     smoothing, compute, lse, each, grad_weight, False, True,
                 )[1]  # fmt: skip
         if torch.is_grad_enabled():
-            dx, dw, dt = (None if g is None else once(g, loss, ONCE) for g in (dx, dw, dt))
+            refusal = ONCE.format("second derivatives")
+            dx, dw, dt = (None if g is None else once(g, loss, refusal) for g in (dx, dw, dt))
         return (None, dx, dw, None, dt, *nothing[5:])
 
     @staticmethod
