@@ -3,16 +3,20 @@ hand."""
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import settings_for
 from torch import Tensor
 
+import fastrex
+from fastrex import checkpoint, objectives
 from fastrex import config as c
-from fastrex import objectives
 from fastrex.errors import UsageError
 
 
@@ -112,3 +116,27 @@ def test_every_objective_that_takes_no_shares_is_refused_mixed_images() -> None:
         if kind.name not in ("softmax", "cosine_softmax"):
             with pytest.raises(UsageError, match=r"augment.mixup and cutmix must go with an objective"):
                 make(kind.name, augment={"mixup": 0.2})
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("softmax", ("objective.label_smoothing=0.1",)),
+        ("softmax", ("objective.loss=binary", "augment.mixup=0.2", "augment.cutmix=1.0")),
+        ("cosine_softmax", ("objective.margin=0.35",)),
+        ("cosine_softmax", ("objective.margin=0.5", "objective.margin_kind=arcface")),
+    ],
+    ids=["smoothed", "binary and mixed", "cosface", "arcface"],
+)
+def test_a_stopped_and_resumed_training_gives_the_same_bits(
+    name: str, more: tuple[str, ...], stripes: Path, tmp_path: Path
+) -> None:
+    settings = [*settings_for(name), *more, "optim.epochs=2", f"data.path={json.dumps(str(stripes))}"]
+    config = c.load("demo", settings)
+    fastrex.train(config, out=tmp_path / "whole", device="cpu")
+    fastrex.train(config, out=tmp_path / "parts", device="cpu", max_steps=5)
+    fastrex.train(out=tmp_path / "parts", device="cpu", resume="must")
+    hashes = []
+    for run in (tmp_path / "whole", tmp_path / "parts"):
+        hashes.append(checkpoint.state_hash(checkpoint.load(checkpoint.folder(run, checkpoint.steps(run)[-1]))[0]))
+    assert hashes[0] == hashes[1]
