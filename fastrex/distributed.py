@@ -176,10 +176,13 @@ def _join(world: World) -> None:
 
 def gather_rows(x: Tensor, world: World) -> Tensor:
     """Rows of all ranks, concatenated in rank order; every rank must bring equally many."""
-    if world.size == 1:
-        return x
-    out = x.new_empty((world.size * x.shape[0], *x.shape[1:]))
-    _all_gather(out, x.contiguous())
+    return x if world.group is None else gather_group(x, world.group)
+
+
+def gather_group(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """:func:`gather_rows` over the ranks of ``group``; no gradient flows."""
+    out = x.new_empty((dist.get_world_size(group) * x.shape[0], *x.shape[1:]))
+    _all_gather(out, x.detach().contiguous(), group=group)
     return out
 
 

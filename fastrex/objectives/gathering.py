@@ -9,11 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..distributed import gather_group
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-# torch 2.13 renamed this collective; 2.11 and 2.12 know the old name only.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def all_rows(x: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -28,7 +27,7 @@ def all_rows(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """
     if group is None or dist.get_world_size(group) == 1:
         return x
-    rows: Tensor = _AllRows.apply(x, group) if x.requires_grad else _gather(x, group)  # type: ignore[no-untyped-call]
+    rows: Tensor = _AllRows.apply(x, group) if x.requires_grad else gather_group(x, group)  # type: ignore[no-untyped-call]
     return rows
 
 
@@ -60,19 +59,13 @@ def all_crops(features: Tensor, target: Tensor, group: ProcessGroup | None) -> C
     return Crops(keys, ids, key_ids, rows + first, torch.arange(len(keys), device=features.device))
 
 
-def _gather(x: Tensor, group: ProcessGroup) -> Tensor:
-    out = x.new_empty((dist.get_world_size(group) * x.shape[0], *x.shape[1:]))
-    _all_gather(out, x.detach().contiguous(), group=group)
-    return out
-
-
 class _AllRows(torch.autograd.Function):
     """:func:`all_rows` over several ranks: gather forwards; backwards every rank sends each other one its part of the
     gradient, and they are added in the order of the ranks, so that the bits do not depend on how a backend reduces."""
 
     @staticmethod
     def forward(x: Tensor, group: ProcessGroup) -> Tensor:
-        return _gather(x, group)
+        return gather_group(x, group)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastrex_kernels import contrastive_cross_entropy
 
 from ..settings import setting
-from .base import Context, Objective, hit_metrics
+from .base import Context, Objective
 from .gathering import all_crops
 from .softmax import Softmax, SoftmaxOptions
 from .supcon import check_classes, positive_metrics
@@ -64,8 +63,8 @@ class SCHaNe(Objective):
     ) -> None:
         super().__init__(in_features, num_classes, options, seed=seed, group=group)
         check_classes(self.name, num_classes)
-        # For its weights and their start alone: the cross-entropy is computed here, with the smoothing.
-        self.softmax = Softmax(in_features, num_classes, SoftmaxOptions(), seed=seed)
+        entropy = SoftmaxOptions(label_smoothing=options.label_smoothing)
+        self.softmax = Softmax(in_features, num_classes, entropy, seed=seed)
 
     def forward(
         self, features: Tensor, target: Tensor, context: Context | None = None
@@ -76,14 +75,11 @@ class SCHaNe(Objective):
             features, **crops._asdict(), temperature=options.temperature, hardness=options.hardness,
             detach_hardness=options.detach_hardness, reduction="none", return_stats=True,
         )  # fmt: skip
-        logits: Tensor = self.softmax.linear(features)
-        logits = logits.to(contrastive.dtype)
-        entropy = F.cross_entropy(logits, crops.ids, label_smoothing=options.label_smoothing, reduction="none")
+        entropy, hits = self.softmax(features, target)
         with torch.no_grad():
-            rank = (logits > logits.gather(1, crops.ids[:, None])).sum(1)
             nearest = positive_metrics(stats)
             metrics = {
-                **hit_metrics(rank), "cross_entropy": entropy.mean(), "contrastive": contrastive.mean(),
+                **hits, "cross_entropy": entropy.mean(), "contrastive": contrastive.mean(),
                 "nearest": nearest["top1"], "without_positive": nearest["without_positive"],
             }  # fmt: skip
         return (1 - options.weight) * entropy + options.weight * contrastive, metrics

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cosine_ce.reference import EPS
-from .reference import LEAST_SINE_SQUARED, with_margin
+from .reference import LEAST_SINE_SQUARED, masked_max, with_margin
 
 # Bytes of the mixtures that exist at once: what a CPU's cache holds, and what keeps a GPU busy.
 CHUNK = {"cpu": 2 * 2**20, "cuda": 64 * 2**20}
@@ -51,8 +51,8 @@ def statistics(cosine: Tensor, positive: Tensor, counted: Tensor, shape: Shape) 
             torch.where(positive, own, 0.0).sum(dim=1),
             _lse((1.0 + shape.hardness) * logits, negative),
             _lse(shape.hardness * logits, negative if shape.hardness else torch.zeros_like(negative)),
-            _max(logits, positive),
-            _max(logits, negative),
+            masked_max(logits, positive),
+            masked_max(logits, negative),
         )
     )
     return stats, torch.stack((positive.sum(dim=1), negative.sum(dim=1)))
@@ -63,7 +63,7 @@ def fold(stats: Tensor, counts: Tensor, cosine: Tensor, counted: Tensor, shape: 
     logits = torch.where(counted, cosine, 0.0) / shape.temperature
     lse_negative = torch.logaddexp(stats[2], _lse((1.0 + shape.hardness) * logits, counted))
     lse_hard = torch.logaddexp(stats[3], _lse(shape.hardness * logits, counted)) if shape.hardness else stats[3]
-    best = torch.maximum(stats[5], _max(logits, counted))
+    best = torch.maximum(stats[5], masked_max(logits, counted))
     folded = torch.stack((stats[0], stats[1], lse_negative, lse_hard, stats[4], best))
     return folded, torch.stack((counts[0], counts[1] + counted.sum(dim=1)))
 
@@ -160,7 +160,3 @@ def _inverse_norm(rows: Tensor) -> Tensor:
 
 def _lse(logits: Tensor, mask: Tensor) -> Tensor:
     return torch.logsumexp(torch.where(mask, logits, -torch.inf), dim=1)
-
-
-def _max(logits: Tensor, mask: Tensor) -> Tensor:
-    return F.pad(torch.where(mask, logits, -torch.inf), (0, 1), value=-torch.inf).amax(dim=1)
